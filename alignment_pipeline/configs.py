@@ -1,0 +1,190 @@
+"""Configuration of each stage: flat, frozen, every key with its meaning, unit and the source of its default.
+
+Belongs here: what a person can set. How sections combine into a recipe is in `recipe`; the Dagster launchpad's forms
+are derived from these fields. Resolved values are part of an artifact's key, except fields marked `UNKEYED`, which
+cannot change a result.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+UNKEYED: dict[str, Any] = {"keyed": False}
+"""Marks a field that does not change the result, or counts by the content it points to."""
+
+JudgeName = Literal["gold_rule", "reference_chrf"]
+
+
+class StageConfig(BaseModel):
+    """Base of all sections: unknown keys are errors and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def keyed_values(self) -> dict[str, Any]:
+        """The values that take part in the artifact key."""
+        unkeyed = {
+            name for name, field in type(self).model_fields.items() if (field.json_schema_extra or {}) == UNKEYED
+        }
+        return self.model_dump(mode="json", exclude=unkeyed)
+
+
+class DataConfig(StageConfig):
+    """Where instruction/input/output rows come from and how they are split by prompt."""
+
+    world_rows: int | None = Field(
+        None, ge=20, description="Rows to generate from the built-in world of small Python tasks; no file is read."
+    )
+    path: str | None = Field(
+        None,
+        description="JSON or JSONL file (.gz too) with instruction, input and output; wins over hub_name. "
+        "Relative to the recipe's folder, or to the current folder when set on the command line.",
+        json_schema_extra=UNKEYED,
+    )
+    hub_name: str | None = Field(None, description="Dataset on the Hugging Face hub, for example owner/name.")
+    hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
+    hub_split: str = Field("train", description="Split of the hub dataset that is read.")
+    max_chars: int = Field(
+        8000, ge=10, description="Rows whose instruction, input and output together are longer go to quarantine."
+    )
+    validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts held out while training.")
+    test_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts used by evaluations only.")
+
+
+class BaseModelConfig(StageConfig):
+    """The base model: built small from the training text, read from a folder, or from the hub."""
+
+    path: str | None = Field(
+        None, description="Folder of a causal language model (safetensors) and tokenizer.", json_schema_extra=UNKEYED
+    )
+    hub_name: str | None = Field(None, description="Model on the Hugging Face hub, for example facebook/opt-350m.")
+    hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
+    vocab_size: int = Field(1024, ge=300, description="Tokens of the built byte-level BPE tokenizer, special included.")
+    hidden_size: int = Field(128, ge=8, description="Width of the built OPT model; a multiple of num_heads.")
+    num_layers: int = Field(4, ge=1, description="Layers of the built OPT model.")
+    num_heads: int = Field(4, ge=1, description="Attention heads a layer of the built OPT model.")
+    max_positions: int = Field(256, ge=32, description="Longest sequence of the built model, tokens.")
+    pretrain_steps: int = Field(300, ge=1, description="Optimizer steps of pretraining on unpaired training text.")
+    pretrain_batch_size: int = Field(32, ge=1, description="Blocks a pretraining step.")
+    pretrain_block_tokens: int = Field(64, ge=8, description="Tokens a pretraining block.")
+    pretrain_learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of pretraining, AdamW.")
+
+
+class FormattingConfig(StageConfig):
+    """Prompt template and length limits."""
+
+    max_prompt_tokens: int = Field(256, ge=4, description="Rows with longer prompts are dropped and counted.")
+    max_tokens: int = Field(512, ge=8, description="Rows with a longer prompt + response are dropped and counted.")
+
+
+class AdapterFields(StageConfig):
+    """How weights are trained: LoRA adapters, or all of them."""
+
+    method: Literal["lora", "full"] = Field("lora", description="lora trains adapters; full trains every weight.")
+    lora_rank: int = Field(16, ge=1, description="Rank of the LoRA update (arXiv 2106.09685).")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale: the update is multiplied by alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA branch.")
+    lora_targets: str | list[str] = Field(
+        "all-linear", description="Module names that get an adapter, or all-linear for every linear layer."
+    )
+
+
+class TrainerFields(AdapterFields):
+    """Optimization keys shared by the stages that use TRL's trainers."""
+
+    batch_size: int = Field(16, ge=1, description="Rows (or pairs) a forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; max_steps ends training earlier.")
+    max_steps: int | None = Field(None, ge=1, description="Upper bound of optimizer steps; null for none.")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    checkpoint_every_s: float = Field(
+        30.0, gt=0, description="Seconds between checkpoints in the work folder.", json_schema_extra=UNKEYED
+    )
+
+
+class SftConfig(TrainerFields):
+    """Supervised fine-tuning with the loss on the response only."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate; 2e-4 is usual for LoRA, 2e-5 for full.")
+
+
+class SamplingConfig(StageConfig):
+    """Responses sampled from the SFT model for preference pairs."""
+
+    prompts: int = Field(512, ge=2, description="Training prompts to sample for; fewer if the split is smaller.")
+    samples_per_prompt: int = Field(4, ge=1, description="Responses sampled for each prompt.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; no top-k or top-p truncation.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
+    batch_size: int = Field(256, ge=1, description="Responses generated together.")
+
+
+class LabellingConfig(StageConfig):
+    """Which of two responses to a prompt is preferred, and who says so."""
+
+    method: Literal["gold_rule", "reference_chrf", "dataset_answer"] = Field(
+        description="gold_rule: the built-in world's rule on two samples. reference_chrf: the sample closer to the "
+        "dataset's answer (chrF). dataset_answer: the dataset's answer over the sample."
+    )
+    pairs_per_prompt: int = Field(2, ge=1, description="Most pairs made from one prompt's samples.")
+
+
+class PairsConfig(StageConfig):
+    """The union of all preference sources, split by prompt."""
+
+    validation_fraction: float = Field(0.15, gt=0, lt=0.9, description="Share of prompts whose pairs are held out.")
+
+
+class FeedbackConfig(StageConfig):
+    """People's preferences, taken in from feedback/<recipe>/inbox."""
+
+    max_chars: int = Field(8000, ge=10, description="Rows with a longer prompt or response go to quarantine.")
+
+
+class RewardModelConfig(TrainerFields):
+    """Bradley–Terry reward model on the SFT trunk."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate (TRL's default is 1e-4).")
+
+
+class DpoConfig(TrainerFields):
+    """Direct preference optimization against the SFT model (arXiv 2305.18290)."""
+
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    beta: float = Field(0.1, gt=0, description="Strength of the KL constraint; 0.1 is the paper's.")
+
+
+class PpoConfig(AdapterFields):
+    """Proximal policy optimization against the reward model (arXiv 1707.06347, 2403.17031)."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate of policy and value head, linear to zero.")
+    updates: int = Field(40, ge=1, description="Rollout and update rounds.")
+    rollout_batch_size: int = Field(64, ge=2, description="Responses sampled each round.")
+    minibatch_size: int = Field(32, ge=1, description="Responses an optimizer step; divides rollout_batch_size.")
+    ppo_epochs: int = Field(2, ge=1, description="Passes over each round's rollout.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature, also used for every log-probability.")
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (k1 estimator).")
+    clip_range: float = Field(0.2, gt=0, description="Clip of the probability ratio around 1.")
+    value_clip_range: float = Field(0.2, gt=0, description="Clip of the value estimate around its rollout value.")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount a token.")
+    gae_lambda: float = Field(0.95, gt=0, le=1, description="GAE's bias-variance trade-off (arXiv 1506.02438).")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="Taken off the score of a response that does not end.")
+    checkpoint_every_s: float = Field(
+        30.0, gt=0, description="Seconds between checkpoints in the work folder.", json_schema_extra=UNKEYED
+    )
+
+
+class EvaluationConfig(StageConfig):
+    """How every policy is measured, on test prompts that no stage trained on."""
+
+    judge: JudgeName = Field(
+        description="Who scores responses, from 0 to 1. gold_rule: the built-in world's rule. reference_chrf: "
+        "closeness to the dataset's answer, chrF / 100. Every table names it."
+    )
+    prompts: int = Field(200, ge=2, description="Test prompts; fewer if the split is smaller.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the scored responses; 0 is greedy.")
+    batch_size: int = Field(128, ge=1, description="Responses generated and scored together.")
+    kl_budget_nats: float = Field(30.0, gt=0, description="A policy further from the SFT model (nats) gets a warning.")

@@ -1,0 +1,214 @@
+"""A recipe: one YAML file, validated into one frozen model that says which stages exist and how they are set.
+
+Belongs here: loading, overrides, and combinations that cannot work. Which asset reads which is in `graph`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from alignment_pipeline import configs
+from alignment_pipeline.errors import RecipeError
+
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Recipe(BaseModel):
+    """Everything a person decides about one pipeline. A section that is absent means the stage does not exist."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Prefix of the recipe's assets; the file's name.")
+    description: str = Field(description="One sentence, shown by `align recipes` and in the web UI.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of every random choice.")
+    data: configs.DataConfig
+    base_model: configs.BaseModelConfig
+    formatting: configs.FormattingConfig
+    sft: configs.SftConfig | None = None
+    sampling: configs.SamplingConfig | None = None
+    labelling: configs.LabellingConfig | None = None
+    feedback: configs.FeedbackConfig | None = None
+    pairs: configs.PairsConfig | None = None
+    reward_model: configs.RewardModelConfig | None = None
+    dpo: configs.DpoConfig | None = None
+    ppo: configs.PpoConfig | None = None
+    evaluation: configs.EvaluationConfig
+
+    @model_validator(mode="after")
+    def _combination_can_work(self) -> Self:
+        if NAME_PATTERN.fullmatch(self.name) is None:
+            raise ValueError(f"name: found {self.name!r}, expected lower-case letters, digits and _ ([a-z][a-z0-9_]*)")
+        for message in (*self._source_problems(), *self._missing_stages(), *self._number_problems()):
+            raise ValueError(message)
+        return self
+
+    def _source_problems(self) -> Iterable[str]:
+        data, base = self.data, self.base_model
+        if not (data.world_rows or data.path or data.hub_name):
+            yield "data: found no source, expected one of world_rows, path or hub_name"
+        if data.world_rows and (data.path or data.hub_name):
+            yield "data: found world_rows beside path or hub_name, expected one kind of source; set the other to null"
+        if base.path and base.hub_name:
+            yield "base_model: found both path and hub_name, expected one; set the other to null"
+        uses_gold = self.evaluation.judge == "gold_rule" or (self.labelling and self.labelling.method == "gold_rule")
+        if uses_gold and not data.world_rows:
+            yield (
+                "gold_rule judges the built-in world's tasks only, but data reads other rows; "
+                "expected data.world_rows, or reference_chrf as evaluation.judge and another labelling.method"
+            )
+
+    def _missing_stages(self) -> Iterable[str]:
+        needs = (
+            (self.labelling, "labelling", self.sampling, "a sampling section to label"),
+            (self.sampling, "sampling", self.labelling, "a labelling section that uses the samples"),
+            (self.feedback, "feedback", self.pairs, "a pairs section that takes the votes in"),
+            (self.pairs, "pairs", self.labelling or self.feedback, "a labelling or feedback section as source"),
+            (self.reward_model, "reward_model", self.pairs, "a pairs section to learn from"),
+            (self.dpo, "dpo", self.pairs, "a pairs section to learn from"),
+            (self.ppo, "ppo", self.reward_model, "a reward_model section to be rewarded by"),
+        )
+        for section, name, needed, expected in needs:
+            if section is not None and needed is None:
+                yield f"{name}: found without what it needs, expected {expected}"
+
+    def _number_problems(self) -> Iterable[str]:
+        base, ppo = self.base_model, self.ppo
+        if self.data.validation_fraction + self.data.test_fraction >= 0.8:
+            yield "data: validation_fraction + test_fraction leave under a fifth of the prompts to train on"
+        if not (base.path or base.hub_name):
+            if base.hidden_size % base.num_heads:
+                yield f"base_model.hidden_size: found {base.hidden_size}, expected a multiple of {base.num_heads} heads"
+            longest_response = max(
+                section.max_new_tokens for section in (self.sampling, ppo, self.evaluation) if section is not None
+            )
+            longest = max(self.formatting.max_tokens, self.formatting.max_prompt_tokens + longest_response)
+            if longest > base.max_positions:
+                yield (
+                    f"base_model.max_positions: found {base.max_positions}, expected at least {longest}, "
+                    "the longest sequence that formatting and max_new_tokens allow"
+                )
+        if ppo and ppo.rollout_batch_size % ppo.minibatch_size:
+            yield (
+                f"ppo.minibatch_size: found {ppo.minibatch_size}, expected a divisor of "
+                f"rollout_batch_size ({ppo.rollout_batch_size})"
+            )
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and validate a recipe file, with `key.path=value` overrides on top (values are YAML).
+
+    Raises:
+        RecipeError: The file is missing or not YAML, or a key is unknown, of the wrong type, or cannot be combined;
+            the message names file, key, what was found and what was expected.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); expected a recipe YAML file.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: found {_kind(raw)}, expected a mapping of sections such as data and sft.")
+    _resolve_path(raw, path.parent)
+    for override in overrides:
+        _apply_override(raw, override)
+    recipe = validate_recipe(raw, source=str(path))
+    if recipe.name != path.stem:
+        raise RecipeError(f"{path}: name: found {recipe.name!r}, expected {path.stem!r}, as the file is called.")
+    return recipe
+
+
+def validate_recipe(raw: Mapping[str, Any], source: str) -> Recipe:
+    """Validate a recipe's raw mapping; `source` is named in errors."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(source, problem) for problem in error.errors())) from error
+
+
+def explain_validation(source: str, error: ValidationError) -> str:
+    """One line for each problem: where, what was found, what was expected."""
+    return "\n".join(_explain(source, problem) for problem in error.errors())
+
+
+def _explain(source: str, problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "str")))
+    if problem["type"] == "value_error":
+        return f"{source}: {problem['ctx']['error']}"
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: {location}: unknown key{_suggestion(problem['loc'])}"
+    if problem["type"] == "missing":
+        return f"{source}: {location}: missing, expected a value for this key"
+    message = problem["msg"].removeprefix("Input should be ")
+    found = problem["input"]
+    return f"{source}: {location}: found {found!r} ({_kind(found)}), expected {message}"
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    model: type[BaseModel] | None = Recipe
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part)) if model else None
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    names = list(model.model_fields) if model else []
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    expected = f", did you mean {close[0]}?" if close else ""
+    return f"{expected} (expected one of: {', '.join(names)})"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: expected key=value, for example sft.learning_rate=1e-4.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {error}") from error
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-4 as text
+    *sections, last = key.split(".")
+    place = raw
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {section} is {_kind(inner)}, not a section.")
+        place = inner
+    place[last] = value
+    if last == "path" and isinstance(value, str):
+        place[last] = str(Path(value).expanduser().resolve())
+
+
+def _resolve_path(raw: dict[str, Any], folder: Path) -> None:
+    for section in ("data", "base_model"):
+        values = raw.get(section)
+        if isinstance(values, dict) and isinstance(values.get("path"), str):
+            values["path"] = str((folder / Path(values["path"]).expanduser()).resolve())
+    _numbers_from_text(raw)
+
+
+def _numbers_from_text(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _numbers_from_text(value)
+        elif isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            values[key] = float(value)  # YAML 1.1 reads 1e-4 as text
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+    }
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
