@@ -5,6 +5,7 @@ are derived from these fields. Resolved values are part of an artifact's key, ex
 cannot change a result.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,6 +28,11 @@ class StageConfig(BaseModel):
         }
         return self.model_dump(mode="json", exclude=unkeyed)
 
+    def input_files(self) -> dict[str, Path]:
+        """Files (or a model's folder) that the stage reads beside its inputs; they count by content."""
+        path = getattr(self, "path", None)
+        return {"source": Path(path)} if path else {}
+
 
 class DataConfig(StageConfig):
     """Where instruction/input/output rows come from and how they are split by prompt."""
@@ -48,6 +54,11 @@ class DataConfig(StageConfig):
     )
     validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts held out while training.")
     test_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts used by evaluations only.")
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; a hub name that a file wins over is left out."""
+        unused = {"hub_name", "hub_revision", "hub_split"} if self.path else set()
+        return {name: value for name, value in super().keyed_values().items() if name not in unused}
 
 
 class BaseModelConfig(StageConfig):

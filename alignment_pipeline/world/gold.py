@@ -114,8 +114,8 @@ def _annotations(function: ast.FunctionDef) -> list[str | None]:
 
 
 def _expected_annotations(family: TaskFamily) -> list[str | None]:
-    (stub,) = ast.parse(f"def stub({', '.join(family.arguments)}) -> {family.returns}: ...").body
-    return _annotations(stub)
+    types = [*(argument.partition(": ")[2] for argument in family.arguments), family.returns]
+    return [ast.dump(ast.parse(source, mode="eval").body) for source in types]
 
 
 def _bare(function: ast.FunctionDef) -> ast.FunctionDef:

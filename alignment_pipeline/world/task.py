@@ -5,6 +5,7 @@ a prompt are in `generate`; the judgement of a response is in `gold`.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Values = tuple[tuple[str, int | str], ...]
@@ -42,7 +43,7 @@ class TaskFamily:
     accepted: tuple[str, ...]
     summary: str
     phrases: tuple[str, ...]
-    parameters: tuple[tuple[str, range | tuple[str, ...]], ...] = ()
+    parameters: tuple[tuple[str, Sequence[int | str]], ...] = ()
 
     def settings(self) -> list[Values]:
         """Lists every assignment of values to the parameters; one empty assignment where there are none."""

@@ -1,0 +1,163 @@
+"""Models and tokenizers on disk: loading them safely, attaching adapters, and writing them back.
+
+An artifact that holds a model has `model/` (safetensors, config, tokenizer) or `adapter/` (a LoRA adapter of the recipe's
+trunk). Which trunk an adapter belongs to is known from the manifest's inputs, never from a path in the adapter's config.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alignment_pipeline.configs import AdapterFields
+from alignment_pipeline.errors import ModelError
+
+MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
+
+# Every name under which the supported architectures keep a dropout rate. OPT applies dropout as a function of its config,
+# so that turning off nn.Dropout modules is not enough (https://github.com/huggingface/trl/issues, `disable_dropout`).
+_DROPOUT_KEYS = (
+    "dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "summary_first_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+)  # fmt: skip
+
+
+def load_tokenizer(artifact: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an artifact's `model/` folder.
+
+    Raises:
+        ModelError: There is none, or it has no end token, or its padding token is its end token (then the end of a
+            response could not be told from padding, and would never be trained).
+    """
+    folder = artifact / MODEL_FOLDER
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no tokenizer could be read ({error}); expected tokenizer.json.") from error
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise ModelError(
+            f"{folder}: found eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}, expected two different tokens."
+        )
+    return tokenizer
+
+
+def load_causal_lm(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """A causal language model from a folder of safetensors, in float32, dropout off, in evaluation mode.
+
+    Raises:
+        ModelError: The folder holds no safetensors model.
+    """
+    model = _load(AutoModelForCausalLM, folder)
+    return model.to(device).eval()  # type: ignore[no-any-return]  # transformers is untyped here
+
+
+def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedModel:
+    """A policy ready for inference: its own `model/`, or the trunk's with the policy's adapter merged in."""
+    if (policy / MODEL_FOLDER).exists():
+        return load_causal_lm(policy / MODEL_FOLDER, device)
+    model = load_causal_lm(trunk / MODEL_FOLDER, device)
+    return PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER)).merge_and_unload().eval()  # type: ignore[no-any-return]
+
+
+def load_scorer(artifact: Path, trunk: Path, device: str = "cpu") -> PreTrainedModel:
+    """A reward model: a sequence classifier with one output, from `model/`, or the trunk with adapter and score head."""
+    if (artifact / MODEL_FOLDER).exists():
+        return new_scorer(artifact / MODEL_FOLDER).to(device).eval()  # type: ignore[no-any-return]
+    model = PeftModel.from_pretrained(new_scorer(trunk / MODEL_FOLDER), str(artifact / ADAPTER_FOLDER))
+    return model.merge_and_unload().to(device).eval()  # type: ignore[no-any-return]
+
+
+def new_scorer(folder: Path) -> PreTrainedModel:
+    """The trunk as a sequence classifier with one output; its `score` head is new where the folder has none."""
+    return _load(AutoModelForSequenceClassification, folder, num_labels=1)
+
+
+def with_adapter(model: PreTrainedModel, config: AdapterFields, task_type: str) -> Any:
+    """The model with a fresh LoRA adapter, or unchanged where the configuration trains all weights."""
+    if config.method == "full":
+        return model
+    return get_peft_model(model, lora_config(config, task_type))
+
+
+def lora_config(config: AdapterFields, task_type: str) -> LoraConfig:
+    """PEFT's configuration of the recipe's adapter keys."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_targets,
+        task_type=task_type,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+    )
+
+
+def save_trained(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, merge: bool = False) -> None:
+    """Write a trained model: an adapter to `adapter/`; all weights (or, with `merge`, the merged trunk) to `model/`.
+
+    Raises:
+        ModelError: A weight is not finite; nothing is written.
+    """
+    require_finite(model)
+    if isinstance(model, PeftModel):
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path = None  # parents are found through the manifest
+        model.save_pretrained(output_dir / ADAPTER_FOLDER)
+        (output_dir / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a card without content
+        if not merge:
+            return
+        model = model.merge_and_unload()
+    save_model(model, tokenizer, output_dir)
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
+    """Write all weights as safetensors, with the tokenizer, to `model/`."""
+    require_finite(model)
+    model.save_pretrained(output_dir / MODEL_FOLDER)
+    tokenizer.save_pretrained(output_dir / MODEL_FOLDER)
+
+
+def require_finite(model: Any) -> None:
+    """Refuse a model with a NaN or an infinity in it.
+
+    Raises:
+        ModelError: Names the first such tensor.
+    """
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{name} holds a NaN or an infinity after training; nothing was published. "
+                "Lower the learning rate, or look for a broken row in the last batches of the progress log."
+            )
+
+
+def _load(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    # The folder is checked first: transformers' own message for a missing one speaks of the hub.
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{os.fspath(folder)}: found no .safetensors file, expected a model's weights.")
+    model = model_class.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, **options
+    )
+    for key in _DROPOUT_KEYS:
+        if isinstance(getattr(model.config, key, None), float | int):
+            setattr(model.config, key, 0.0)
+    for module in model.modules():
+        for key in ("dropout", "attention_dropout", "layerdrop", "activation_dropout"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)  # OPT's layers keep their own copy of the rate
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if getattr(model.config, "pad_token_id", None) is None and "num_labels" in options:
+        raise ModelError(
+            f"{folder}: config.json has no pad_token_id, expected one: a scorer reads the last real token."
+        )
+    return model  # type: ignore[no-any-return]

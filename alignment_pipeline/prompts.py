@@ -1,0 +1,83 @@
+"""The prompt template, and what makes two prompts the same: identity, normal form and split.
+
+Belongs here: pure functions of text. Tokenization is in `stages.formatted_dataset`.
+
+A prompt's split depends on its own text, the seed and the purpose only: not on order, other rows or row counts.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+
+from alignment_pipeline.identity import canonical_json, digest
+from alignment_pipeline.stage import StageCheck
+
+ID_CHARS = 16
+PROMPT_HEADER = "### Instruction:\n"
+
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def format_prompt(instruction: str, input: str) -> str:
+    """Put an instruction and its input (left out where blank) into the template that every stage uses."""
+    input_part = f"### Input:\n{input}\n\n" if input.strip() else ""
+    return f"{PROMPT_HEADER}{instruction}\n\n{input_part}### Response:\n"
+
+
+def prompt_id(instruction: str, input: str) -> str:
+    """Identity of a prompt: the start of the sha256 of both texts, byte for byte."""
+    return digest([instruction, input])[:ID_CHARS]
+
+
+def row_id(instruction: str, input: str, output: str) -> str:
+    """Identity of a row: the start of the sha256 of its three texts, byte for byte."""
+    return digest([instruction, input, output])[:ID_CHARS]
+
+
+def normalised(prompt: str) -> str:
+    """The form in which prompts that differ in case and whitespace only are equal; splits go by it."""
+    return " ".join(prompt.split()).casefold()
+
+
+def split_position(seed: int, purpose: str, prompt: str) -> float:
+    """Where a prompt falls in [0, 1), uniformly, as a function of its normal form.
+
+    Args:
+        seed: Seed of the recipe.
+        purpose: Name of the split that is made. Positions for two purposes are independent: the pairs' held-out share
+            is drawn from prompts that all have high positions in the split of the instructions.
+        prompt: Formatted prompt.
+    """
+    content = canonical_json([purpose, seed, normalised(prompt)])
+    whole = hashlib.sha256(content.encode()).digest()
+    return (int.from_bytes(whole[:8]) >> 11) / 2**53  # 53 bits: a float holds them, so that 1.0 cannot come out
+
+
+def splits_share_no_prompt(prompts: Mapping[str, Iterable[str]]) -> StageCheck:
+    """Check that no normalised prompt stands in two splits.
+
+    Args:
+        prompts: Split → formatted prompts of the rows written.
+    """
+    split_of: dict[str, str] = {}
+    shared = 0
+    for split, texts in prompts.items():
+        for text in {normalised(text) for text in texts}:
+            shared += split_of.setdefault(text, split) != split
+    detail = f"{len(split_of)} distinct prompts, {shared} in more than one of {', '.join(prompts)}"
+    return StageCheck("splits_share_no_prompt", passed=not shared, detail=detail, blocking=True)
+
+
+def is_utf8_text(text: str) -> bool:
+    """Whether text can be written as UTF-8; JSON can smuggle in lone surrogates, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def control_character(text: str) -> str | None:
+    """The first C0, C1 or DEL character other than tab and line ends, or None."""
+    found = _CONTROL_CHARACTER.search(text)
+    return found.group() if found else None

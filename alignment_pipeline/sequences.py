@@ -1,0 +1,189 @@
+"""Prompts and responses as tensors: packing, generation, and log-probabilities of responses.
+
+Shape key: `B` responses, `L` prompt and response tokens after right padding, `N` response tokens in a batch, `V`
+vocabulary. `*_mask` is True where the token counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TokenIds = list[int]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One generated response: its tokens (the end token included when `ended`) and its text without the end token."""
+
+    token_ids: TokenIds
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts followed by responses, right-padded, so that position ids are the columns' numbers.
+
+    Attributes:
+        input_ids: (B, L)
+        attention_mask: (B, L), True on prompt and response tokens.
+        response_mask: (B, L), True on response tokens.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    response_mask: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> "TokenBatch":
+        """Some of the batch's rows, padding that none of them needs cut off."""
+        length = int(self.attention_mask[index].sum(1).max())
+        return TokenBatch(
+            self.input_ids[index, :length], self.attention_mask[index, :length], self.response_mask[index, :length]
+        )
+
+
+def pack(prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int, device: str = "cpu") -> TokenBatch:
+    """Concatenate each prompt with its response and pad on the right."""
+    length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(prompts), length), dtype=torch.bool)
+    response_mask = torch.zeros((len(prompts), length), dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor([*prompt, *response])
+        attention_mask[row, :end] = True
+        response_mask[row, len(prompt) : end] = True
+    return TokenBatch(input_ids.to(device), attention_mask.to(device), response_mask.to(device))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
+    """Token ids of texts without special tokens. Prompt and response are encoded apart, then concatenated."""
+    if not texts:
+        return []
+    ids: list[TokenIds] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
+    """Token ids of complete responses, each with the end token."""
+    return [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Batches of row numbers, rows of similar length together, so that little is padded. Order is deterministic."""
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> list[Response]:
+    """Sample one response for each prompt, in the prompts' order.
+
+    Prompts are left-padded in batches of similar length. Sampling is from the full distribution at `temperature`
+    (no top-k, no top-p); 0 is greedy. The same seed, prompts and batch size give the same responses on one machine.
+    """
+    settings = generation_config(tokenizer, max_new_tokens, temperature)
+    responses: dict[int, Response] = {}
+    for number, rows in enumerate(by_length([len(prompt) for prompt in prompts], batch_size)):
+        torch.manual_seed(seed * 1_000_003 + number)
+        padded = tokenizer.pad(
+            {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(**padded, generation_config=settings)
+        generated = output[:, padded["input_ids"].shape[1] :].tolist()
+        for row, token_ids in zip(rows, generated, strict=True):
+            responses[row] = _cut(token_ids, tokenizer)
+    return [responses[row] for row in range(len(prompts))]
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    """Sampling without truncation at a temperature, or greedy at 0."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{"do_sample": False, **sampling},
+    )
+
+
+def response_logits(model: Any, batch: TokenBatch) -> torch.Tensor:
+    """Logits that predict each response token; the head is applied at those positions only.
+
+    Returns:
+        (N, V) in float32, rows in the order of `batch.response_mask`'s True entries.
+    """
+    return apply_head(model, response_hidden(model, batch))
+
+
+def response_hidden(model: Any, batch: TokenBatch) -> torch.Tensor:
+    """Hidden states (N, H) at the positions that predict each response token."""
+    causal_lm = causal_lm_of(model)
+    hidden = causal_lm.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+    ).last_hidden_state
+    selected: torch.Tensor = hidden[:, :-1][batch.response_mask[:, 1:]]
+    return selected
+
+
+def apply_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) in float32 of hidden states (N, H)."""
+    logits: torch.Tensor = causal_lm_of(model).get_output_embeddings()(hidden).float()
+    return logits
+
+
+def causal_lm_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if inner else model
+
+
+def response_tokens(batch: TokenBatch) -> torch.Tensor:
+    """Response token ids (N,), in the order of `response_logits`."""
+    return batch.input_ids[:, 1:][batch.response_mask[:, 1:]]
+
+
+def chosen_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[token]: (N, V), (N,) → (N,)."""
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def per_row(values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+    """Sums of per-token values by response: (N,) → (B,)."""
+    rows = batch.response_mask.nonzero()[:, 0]
+    return torch.zeros(batch.input_ids.shape[0], device=values.device, dtype=values.dtype).index_add_(0, rows, values)
+
+
+@torch.inference_mode()
+def sum_logprobs(
+    model: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int, batch_size: int
+) -> list[float]:
+    """log p(response | prompt) in nats for each pair, in order."""
+    sums: dict[int, float] = {}
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    for rows in by_length(lengths, batch_size):
+        batch = pack([prompts[row] for row in rows], [responses[row] for row in rows], pad_id, model.device)
+        logprobs = chosen_logprobs(response_logits(model, batch), response_tokens(batch))
+        sums.update(zip(rows, per_row(logprobs, batch).tolist(), strict=True))
+    return [sums[row] for row in range(len(lengths))]
+
+
+def _cut(token_ids: TokenIds, tokenizer: PreTrainedTokenizerBase) -> Response:
+    eos = tokenizer.eos_token_id
+    ended = eos in token_ids
+    kept = token_ids[: token_ids.index(eos) + 1] if ended else token_ids
+    text = tokenizer.decode(kept[:-1] if ended else kept, skip_special_tokens=True)
+    return Response(kept, str(text), ended)

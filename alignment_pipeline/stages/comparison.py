@@ -1,0 +1,111 @@
+"""`comparison`: all policies of a recipe side by side, with win rates against the model they were trained from."""
+
+from typing import Any
+
+from alignment_pipeline import atomic
+from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.judges import JUDGE_TITLES
+from alignment_pipeline.plots import bars
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
+from alignment_pipeline.stages.evaluation import summarize
+from alignment_pipeline.statistics import standard_error, wilson_interval, win_rate
+
+_EXAMPLES = 8
+
+
+def compare_policies(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> StageResult:
+    """Write `table.jsonl` (one row a policy) and `examples.jsonl` (the same prompts answered by each).
+
+    Inputs are evaluations by policy name. The opponent of every win rate is `sft_model`, or `base_model` in a recipe
+    without it; a policy's win rate is over paired prompts, by the recipe's judge, ties counted half.
+    """
+    examples = {policy: read_jsonl(folder / "examples.jsonl") for policy, folder in spec.inputs.items()}
+    opponent = "sft_model" if "sft_model" in examples else "base_model"
+    table = [_row(policy, rows, opponent, examples[opponent]) for policy, rows in examples.items()]
+    write_jsonl(spec.output_dir / "table.jsonl", table)
+    write_jsonl(spec.output_dir / "examples.jsonl", _side_by_side(examples))
+    title = JUDGE_TITLES[spec.config.judge]
+    atomic.write_json(
+        spec.output_dir / "summary.json", {"judge": spec.config.judge, "judge_title": title, "opponent": opponent}
+    )
+    bars(
+        spec.output_dir / "extras" / "judge_score.png",
+        {row["policy"]: (row["judge_score"], 1.96 * row["judge_score_se"]) for row in table},
+        title=f"{title.capitalize()} on {table[0]['prompts']} test prompts (mean, 95% interval)",
+        ylabel=title,
+    )
+    metrics = {
+        f"{row['policy']}/{name}": float(row[name])
+        for row in table
+        for name in ("judge_score", "win_rate", "bleu", "kl_nats")
+    }
+    log.step("compare", 1, 1, metrics)
+    return StageResult(metrics, _checks(table, opponent))
+
+
+def _row(policy: str, rows: list[dict[str, Any]], opponent: str, theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    if [row["prompt_id"] for row in rows] != [row["prompt_id"] for row in theirs]:
+        raise ValueError(f"{policy} and {opponent} were evaluated on different prompts")
+    scores = [row["judge_score"] for row in rows]
+    metrics = summarize(rows)
+    rate = win_rate(scores, [row["judge_score"] for row in theirs])
+    low, high = wilson_interval(rate, len(rows))
+    return {
+        "policy": policy,
+        "judge": rows[0]["judge"],
+        "opponent": opponent,
+        "prompts": len(rows),
+        "bleu": metrics["eval/bleu"],
+        "judge_score": metrics["eval/judge_score"],
+        "judge_score_se": standard_error(scores),
+        "learned_score": metrics.get("eval/learned_score"),
+        "kl_nats": metrics["eval/kl_nats"],
+        "mean_tokens": metrics["eval/mean_tokens"],
+        "eos_rate": metrics["eval/eos_rate"],
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+    }
+
+
+def _side_by_side(examples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    first = next(iter(examples.values()))
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],
+            "reference": row["reference"],
+            "responses": {
+                policy: {"response": rows[number]["response"], "judge_score": rows[number]["judge_score"]}
+                for policy, rows in examples.items()
+            },
+        }
+        for number, row in enumerate(first[:_EXAMPLES])
+    ]
+
+
+def _checks(table: list[dict[str, Any]], opponent: str) -> tuple[StageCheck, ...]:
+    by_policy = {row["policy"]: row for row in table}
+    checks = []
+    if opponent == "sft_model":
+        sft, base = by_policy["sft_model"], by_policy["base_model"]
+        checks.append(
+            StageCheck(
+                "sft_beats_base",
+                sft["bleu"] > base["bleu"] and sft["judge_score"] > base["judge_score"],
+                f"BLEU {base['bleu']:.1f} → {sft['bleu']:.1f}, "
+                f"judge score {base['judge_score']:.3f} → {sft['judge_score']:.3f}.",
+            )
+        )
+    checks += [
+        StageCheck(
+            f"{policy}_beats_{opponent}",
+            row["win_rate_low"] > 0.5,
+            f"Win rate {row['win_rate']:.3f}, 95% interval {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}.",
+        )
+        for policy, row in by_policy.items()
+        if policy not in ("base_model", opponent)
+    ]
+    return tuple(checks)

@@ -1,0 +1,80 @@
+"""`dpo_policy`: the trunk trained on preference pairs directly (TRL's DPOTrainer; Rafailov et al., arXiv 2305.18290).
+
+Departures from TRL's defaults: rows are tokenized here and carry the reference log-probabilities that
+`reference_logprobs` computed, so that no reference model is in memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from trl import DPOConfig as TrlDpoConfig
+
+from alignment_pipeline.configs import DpoConfig
+from alignment_pipeline.errors import StoreError
+from alignment_pipeline.identity import read_jsonl
+from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.sequences import encode, encode_responses
+from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
+from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, score_labelled_positions_only
+
+
+def train_dpo(spec: StageSpec[DpoConfig], log: ProgressLog) -> StageResult:
+    """Train on the training pairs; report loss and implicit-reward accuracy on held-out pairs."""
+    score_labelled_positions_only()
+    tokenizer = load_tokenizer(spec.inputs["trunk"])
+    seed_everything(spec.seed)
+    model = with_adapter(load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, spec.device), spec.config, "CAUSAL_LM")
+    trainer = TokenizedDPOTrainer(
+        model=model,
+        args=TrlDpoConfig(
+            **trainer_arguments(spec, spec.config),
+            beta=spec.config.beta,
+            max_length=None,
+            precompute_ref_log_probs=True,
+        ),
+        train_dataset=dataset_of(pair_rows(spec, tokenizer, "train"), "preference pairs"),
+        eval_dataset=dataset_of(pair_rows(spec, tokenizer, "validation"), "held-out preference pairs"),
+        processing_class=tokenizer,
+    )
+    train(trainer, spec, log)
+    log.note("Measuring held-out pairs.")
+    evaluation = trainer.evaluate()
+    save_trained(trainer.model, tokenizer, spec.output_dir)
+    return StageResult(
+        {
+            "eval/loss": evaluation["eval_loss"],
+            "dpo/held_out_accuracy": evaluation["eval_rewards/accuracies"],
+            "dpo/held_out_margin": evaluation["eval_rewards/margins"],
+            "train/steps": float(trainer.state.global_step),
+        }
+    )
+
+
+def pair_rows(spec: StageSpec[DpoConfig], tokenizer: Any, split: str) -> list[dict[str, Any]]:
+    """Token ids of a split's pairs with their reference log-probabilities.
+
+    Raises:
+        StoreError: The two tables do not describe the same pairs in the same order.
+    """
+    pairs = read_jsonl(spec.inputs["pairs"] / f"{split}.jsonl")
+    scored = _reference(spec.inputs["reference_logprobs"] / f"{split}.jsonl", [pair["id"] for pair in pairs])
+    prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
+    chosen = encode_responses(tokenizer, [pair["chosen"] for pair in pairs])
+    rejected = encode_responses(tokenizer, [pair["rejected"] for pair in pairs])
+    return [
+        {"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse,
+         "ref_chosen_logps": row["ref_chosen_logprob"], "ref_rejected_logps": row["ref_rejected_logprob"]}
+        for prompt, better, worse, row in zip(prompts, chosen, rejected, scored, strict=True)
+    ]  # fmt: skip
+
+
+def _reference(path: Path, pair_ids: list[str]) -> list[dict[str, Any]]:
+    rows = read_jsonl(path)
+    if [row["id"] for row in rows] != pair_ids:
+        raise StoreError(
+            f"{path}: the reference log-probabilities are of other pairs than preference_pairs holds. "
+            "Materialize reference_logprobs again."
+        )
+    return rows

@@ -1,0 +1,170 @@
+"""The stage `formatted_dataset`: rows in the prompt template, measured in tokens, too long ones dropped.
+
+`train.jsonl`, `validation.jsonl`, `test.jsonl`: {id, prompt_id, instruction, input, prompt, completion, reference,
+prompt_tokens, completion_tokens}, where completion = output + EOS and reference = output. `dropped.jsonl`: {id, reason,
+prompt_tokens, completion_tokens}. `summary.json`: counts and length statistics by split.
+
+Prompt and completion are tokenized SEPARATELY, without special tokens, and trainers and samplers concatenate the ids. A
+joint tokenization can merge across the boundary: the policy would then be trained on other prompt ids than it is
+sampled with, and the loss mask would cut a token in two.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment_pipeline.atomic import write_json
+from alignment_pipeline.configs import FormattingConfig
+from alignment_pipeline.errors import DataError, ModelError
+from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.plots import histogram
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.prompts import format_prompt, splits_share_no_prompt
+from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
+from alignment_pipeline.stages.instructions import SPLITS
+
+_BATCH_ROWS = 1000
+_LENGTHS = ("prompt_tokens", "completion_tokens")
+
+Row = dict[str, Any]
+
+
+def format_dataset(spec: StageSpec[FormattingConfig], log: ProgressLog) -> StageResult:
+    """Format and measure every row; inputs are `instructions` and `tokenizer`.
+
+    Raises:
+        ModelError: The tokenizer cannot be loaded or has no EOS token.
+        DataError: The length limits leave a split without rows.
+    """
+    tokenizer = _load_tokenizer(spec.inputs["tokenizer"] / "model")
+    source = read_jsonl(spec.inputs["instructions"] / "rows.jsonl")
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    dropped: list[Row] = []
+    without_eos = 0
+    for done, (split, row, ends_with_eos) in enumerate(_formatted(source, tokenizer), start=1):
+        reason = _drop_reason(row, tokenizer.eos_token, spec.config)
+        if reason is None:
+            rows[split].append(row)
+            without_eos += not ends_with_eos
+        else:
+            dropped.append({"id": row["id"], "reason": reason, **{name: row[name] for name in _LENGTHS}})
+        if done % _BATCH_ROWS == 0 or done == len(source):
+            log.step("tokenize", done, len(source))
+    by_reason = dict(sorted(Counter(row["reason"] for row in dropped).items()))
+    _require_every_split(rows, by_reason, spec.config)
+
+    for split in SPLITS:
+        write_jsonl(spec.output_dir / f"{split}.jsonl", rows[split])
+    write_jsonl(spec.output_dir / "dropped.jsonl", dropped)
+    summary = {
+        "rows_in": len(source),
+        "kept": sum(map(len, rows.values())),
+        "dropped": len(dropped),
+        "dropped_by_reason": by_reason,
+        "splits": {split: {"rows": len(rows[split]), **_statistics(rows[split])} for split in SPLITS},
+    }
+    write_json(spec.output_dir / "summary.json", summary)
+    kept = [row for split in SPLITS for row in rows[split]]
+    lengths = {name.removesuffix("_tokens"): [float(row[name]) for row in kept] for name in _LENGTHS}
+    histogram(spec.output_dir / "extras" / "lengths.png", lengths, "Length of prompts and completions", "tokens")
+    log.note(f"{len(kept)} of {len(source)} rows formatted, {len(dropped)} dropped {by_reason}")
+    ends = StageCheck(
+        "completions_end_with_eos",
+        passed=not without_eos,
+        detail=f"{without_eos} of {len(kept)} completions do not end with {tokenizer.eos_token!r} when tokenized",
+        blocking=True,
+    )
+    return StageResult(metrics=_metrics(summary, kept), checks=(_leak_check(spec.output_dir), ends))
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: found no such folder, expected a tokenizer in it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: found no tokenizer that can be loaded ({error}).") from error
+    if tokenizer.eos_token is None:
+        raise ModelError(f"{folder}: found a tokenizer without an EOS token, expected one to end responses with.")
+    return tokenizer
+
+
+def _formatted(source: Sequence[Row], tokenizer: Any) -> Iterator[tuple[str, Row, bool]]:
+    """Each row with its split, its lengths, and whether its tokenized completion ends with EOS."""
+    for start in range(0, len(source), _BATCH_ROWS):
+        batch = source[start : start + _BATCH_ROWS]
+        prompts = [format_prompt(row["instruction"], row["input"]) for row in batch]
+        completions = [row["output"] + tokenizer.eos_token for row in batch]
+        prompt_ids, completion_ids = _token_ids(tokenizer, prompts), _token_ids(tokenizer, completions)
+        for index, row in enumerate(batch):
+            formatted = {
+                "id": row["id"],
+                "prompt_id": row["prompt_id"],
+                "instruction": row["instruction"],
+                "input": row["input"],
+                "prompt": prompts[index],
+                "completion": completions[index],
+                "reference": row["output"],
+                "prompt_tokens": len(prompt_ids[index]),
+                "completion_tokens": len(completion_ids[index]),
+            }
+            yield row["split"], formatted, completion_ids[index][-1:] == [tokenizer.eos_token_id]
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _drop_reason(row: Row, eos_token: str, config: FormattingConfig) -> str | None:
+    if eos_token in row["reference"]:
+        return "contains_eos"
+    if row["prompt_tokens"] > config.max_prompt_tokens:
+        return "over_max_prompt_tokens"
+    return "over_max_tokens" if row["prompt_tokens"] + row["completion_tokens"] > config.max_tokens else None
+
+
+def _require_every_split(rows: Mapping[str, Sequence[Row]], by_reason: Mapping[str, int], config: Any) -> None:
+    empty = [split for split in SPLITS if not rows[split]]
+    if empty:
+        raise DataError(
+            f"formatting: found no rows left in {' and '.join(empty)} (dropped by reason: {dict(by_reason)}); expected "
+            f"at least one. Raise formatting.max_prompt_tokens ({config.max_prompt_tokens}) or formatting.max_tokens "
+            f"({config.max_tokens}), or give more rows."
+        )
+
+
+def _statistics(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    return {name: _distribution([row[name] for row in rows]) for name in _LENGTHS}
+
+
+def _distribution(values: Sequence[int]) -> dict[str, float]:
+    return {
+        "min": min(values),
+        "mean": round(sum(values) / len(values), 2),
+        "p50": float(np.percentile(values, 50)),
+        "p95": round(float(np.percentile(values, 95)), 2),
+        "max": max(values),
+    }
+
+
+def _metrics(summary: Mapping[str, Any], kept: Sequence[Row]) -> dict[str, float]:
+    metrics = {f"data/{split}": float(values["rows"]) for split, values in summary["splits"].items()}
+    metrics["data/dropped"] = float(summary["dropped"])
+    for name, distribution in _statistics(kept).items():
+        metrics[f"data/{name}_mean"] = distribution["mean"]
+        metrics[f"data/{name}_max"] = float(distribution["max"])
+    return metrics
+
+
+def _leak_check(output_dir: Path) -> StageCheck:
+    """The leak check over the files as written."""
+    return splits_share_no_prompt(
+        {split: [row["prompt"] for row in read_jsonl(output_dir / f"{split}.jsonl")] for split in SPLITS}
+    )

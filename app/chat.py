@@ -1,0 +1,67 @@
+"""A conversation of single turns with a policy of the store."""
+
+import sys
+
+from rich.console import Console
+
+from alignment_pipeline.errors import MissingArtifactError
+from alignment_pipeline.graph import build_graph, trunk_asset
+from alignment_pipeline.prompts import format_prompt
+from alignment_pipeline.recipe import Recipe
+from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.home import alignment_home
+from resources.runs import RunRecords
+
+
+def chat_with(
+    console: Console, recipe: Recipe, policy: str, max_new_tokens: int, temperature: float, seed: int
+) -> None:
+    """Answer each line of standard input by the policy, in the recipe's template.
+
+    Raises:
+        MissingArtifactError: The policy is not one of the recipe's, or has not been made.
+    """
+    home = alignment_home()
+    store = ArtifactStore(home)
+    current = RunRecords(home).current(recipe.name)
+    policies = [
+        node.asset
+        for node in build_graph(recipe).values()
+        if node.asset.endswith(("_policy", "sft_model", "base_model"))
+    ]
+    if policy not in policies:
+        raise MissingArtifactError(f"{recipe.name} has no policy {policy!r}, expected one of: {', '.join(policies)}.")
+    if policy not in current:
+        raise MissingArtifactError(f"{policy} of {recipe.name} has not been made yet. Run `align run {recipe.name}`.")
+    trunk = _trunk_of(store, current[policy])
+    console.print("Loading…", style="dim")
+    from alignment_pipeline.models import load_policy, load_tokenizer
+    from alignment_pipeline.sequences import encode, generate
+
+    tokenizer = load_tokenizer(store.verify(trunk))
+    model = load_policy(store.verify(current[policy]), store.verify(trunk))
+    console.print(f"{policy} of {recipe.name} ({trunk_asset(recipe)} is its trunk). An empty line ends.", style="dim")
+    turn = 0
+    while instruction := _read_line():
+        prompt = encode(tokenizer, [format_prompt(instruction, "")])
+        response = generate(
+            model, tokenizer, prompt,
+            max_new_tokens=max_new_tokens, temperature=temperature, batch_size=1, seed=seed + turn,
+        )[0]  # fmt: skip
+        console.print(response.text, markup=False, highlight=False)
+        if not response.ended:
+            console.print(f"(cut after {max_new_tokens} tokens)", style="dim")
+        turn += 1
+
+
+def _trunk_of(store: ArtifactStore, policy: ArtifactRef) -> ArtifactRef:
+    """The trunk a policy was trained on, by its manifest; a model that stands alone is its own."""
+    trunk = store.manifest(policy)["inputs"].get("trunk")
+    return ArtifactRef(**trunk) if trunk else policy
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+    return sys.stdin.readline().strip()

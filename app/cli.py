@@ -1,0 +1,163 @@
+"""`align`: run a recipe, list recipes, show results, chat with a policy, open the web UI.
+
+Heavy imports happen inside commands, so that `align --help` and mistakes answer at once.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from alignment_pipeline.errors import AlignmentError
+from alignment_pipeline.graph import build_graph
+from app.recipes import all_recipes, find_recipe
+from app.results import load_results, print_results
+from resources.home import REPOSITORY, alignment_home, prepare_home, use_dagster_instance
+
+app = typer.Typer(
+    help="From a base model and data to an aligned, evaluated policy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+_errors = Console(stderr=True)
+
+INTERRUPTED_EXIT_CODE = 130
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe; `align recipes` lists them.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    select: Annotated[
+        list[str] | None, typer.Option("--select", help="Make this asset only, from what is current; repeatable.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a recipe's value: section.key=value; repeatable.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="Print the logs of every stage.")] = False,
+) -> None:
+    """Make a recipe's assets; what exists already is reused."""
+    from app.run import execute_run
+
+    loaded = find_recipe(recipe, overrides or [])
+    outcome = execute_run(_console, loaded, select or [], overrides or [], verbose=verbose)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+    if "comparison" in outcome.assets:
+        print_results(_console, load_results(alignment_home(), recipe, outcome.run_id))
+    _console.print(
+        f"Next: `make dev` for the web UI · `align chat {recipe} {_last_policy(recipe)}` · `align results --json`",
+        highlight=False,
+    )
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    table = Table("recipe", "description", "assets")
+    for recipe in all_recipes():
+        table.add_row(recipe.name, recipe.description, str(len(build_graph(recipe))))
+    _console.print(table)
+
+
+@app.command()
+def results(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; all that have results if left out.")] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="A run's id; the current artifacts if left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+) -> None:
+    """Print the table of results."""
+    from resources.runs import RunRecords
+
+    home = alignment_home()
+    if recipe is not None:
+        names = [find_recipe(recipe).name]
+    else:
+        names = [each.name for each in all_recipes() if "comparison" in RunRecords(home).current(each.name)]
+    if run_id is not None:
+        names = [RunRecords(home).read(run_id)["recipe"]]
+    if not names:
+        raise AlignmentError("No recipe has results yet. Run `align run tiny` first.")
+    found = [load_results(home, name, run_id) for name in names]
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for each in found:
+        print_results(_console, each)
+
+
+@app.command()
+def chat(
+    recipe: RecipeArgument,
+    policy: Annotated[str, typer.Argument(help="base_model, sft_model, dpo_policy or ppo_policy.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response, tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
+) -> None:
+    """Talk to a policy; every line is an instruction. Ends with an empty line or Ctrl-D."""
+    from app.chat import chat_with
+
+    use_dagster_instance(alignment_home())
+    chat_with(_console, find_recipe(recipe), policy, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def dev(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 3000) -> None:
+    """Open the Dagster web UI with every recipe and the runs that `align run` made."""
+    home = prepare_home(alignment_home())
+    use_dagster_instance(home)
+    all_recipes()
+    _require_free(port)
+    command = [os.path.join(os.path.dirname(sys.executable), "dg"), "dev", "--host", "127.0.0.1", "--port", str(port)]
+    _console.print(f"Opening http://127.0.0.1:{port} (Ctrl-C ends it)", highlight=False)
+    os.chdir(REPOSITORY)
+    os.execv(command[0], command)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and a non-zero exit, never a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except AlignmentError as error:
+        _errors.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        _errors.print("Stopped.")
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except Exception as error:
+        show = getattr(error, "show", None)  # Typer's own usage errors know how to print themselves
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise AlignmentError(
+                f"Port {port} on 127.0.0.1 is in use. Choose another: `align dev --port {port % 65535 + 1}`."
+            ) from error
+
+
+def _last_policy(recipe: str) -> str:
+    assets = build_graph(find_recipe(recipe))
+    return next(name for name in ("dpo_policy", "ppo_policy", "sft_model", "base_model") if name in assets)

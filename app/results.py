@@ -1,0 +1,64 @@
+"""The table of results, from the recipe's current comparison (or a run's)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from alignment_pipeline.errors import MissingArtifactError
+from alignment_pipeline.identity import read_jsonl
+from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.runs import RunRecords
+
+
+def load_results(home: Path, recipe: str, run_id: str | None = None) -> dict[str, Any]:
+    """The comparison's table and where it comes from.
+
+    Raises:
+        MissingArtifactError: The recipe has no comparison yet.
+    """
+    runs, store = RunRecords(home), ArtifactStore(home)
+    assets = runs.of_run(run_id) if run_id else runs.current(recipe)
+    if "comparison" not in assets:
+        raise MissingArtifactError(f"{recipe} has no comparison yet. Run `align run {recipe}` first.")
+    ref: ArtifactRef = assets["comparison"]
+    folder = store.verify(ref)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "recipe": recipe,
+        "artifact": ref.artifact_id,
+        "created_at": store.manifest(ref)["created_at"],
+        **summary,
+        "policies": read_jsonl(folder / "table.jsonl"),
+        "checks": [check for asset in assets.values() for check in store.manifest(asset)["checks"]],
+    }
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    """The table for people, its footnotes, and the checks that failed."""
+    judge, opponent = results["judge_title"], results["opponent"]
+    table = Table(title=f"{results['recipe']}: {results['policies'][0]['prompts']} test prompts, judge: {judge}")
+    table.add_column("policy")
+    for title in ("BLEU", judge, "learned score", "KL (nats)", "tokens", f"win rate v {opponent} [95%]"):
+        table.add_column(title, justify="right")
+    for row in results["policies"]:
+        learned = row["learned_score"]
+        wins = f"{row['win_rate']:.3f} [{row['win_rate_low']:.3f}, {row['win_rate_high']:.3f}]"
+        table.add_row(
+            row["policy"],
+            f"{row['bleu']:.1f}",
+            f"{row['judge_score']:.3f} ± {1.96 * row['judge_score_se']:.3f}",
+            "–" if learned is None else f"{learned:.2f}",
+            f"{row['kl_nats']:.2f}",
+            f"{row['mean_tokens']:.1f}",
+            "–" if row["policy"] == opponent else wins,
+        )
+    console.print(table)
+    console.print(
+        f"KL is from {opponent}, a response; ± and [ ] are 95% intervals; ties count half a win.", style="dim"
+    )
+    for check in results["checks"]:
+        if not check["passed"]:
+            console.print(f"Warning: {check['name']} does not hold: {check['detail']}", style="yellow", markup=False)

@@ -1,0 +1,128 @@
+"""Executes one run of a recipe on Dagster, in this process or a process a step, with the live display."""
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+from rich.console import Console
+
+from alignment_pipeline.errors import AlignmentError, RecipeError
+from alignment_pipeline.graph import build_graph
+from alignment_pipeline.recipe import Recipe
+from app.definitions import EXECUTOR_VARIABLE, build_definitions
+from app.live import LiveRun
+from assets.stage_asset import OVERRIDES_TAG, RECIPE_TAG, STARTED_BY_TAG
+from resources.dagster_resources import tracker_of
+from resources.home import alignment_home, prepare_home, use_dagster_instance
+from resources.runs import INTERRUPTED, RunRecords
+
+_TRACKING_WAIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended, and what it was to make."""
+
+    run_id: str
+    exit_code: int
+    assets: tuple[str, ...]
+
+
+def execute_run(
+    console: Console, recipe: Recipe, select: list[str], overrides: list[str], *, verbose: bool
+) -> RunOutcome:
+    """Make the selected assets of a recipe (all of them if none is named), and say how it went.
+
+    Raises:
+        AlignmentError: The recipe, the selection or the home cannot be used.
+    """
+    home = prepare_home(alignment_home())
+    use_dagster_instance(home)
+    graph = build_graph(recipe)
+    unknown = [asset for asset in select if asset not in graph]
+    if unknown:
+        raise RecipeError(
+            f"--select {unknown[0]}: {recipe.name} has no such asset; expected one of: {', '.join(graph)}."
+        )
+    assets = tuple(asset for asset in graph if not select or asset in select)
+    run_id = str(uuid.uuid4())
+    runs = RunRecords(home)
+    runs.start(run_id, recipe.name, "align", assets, overrides)
+    log = home / "runs" / f"{run_id}.log"
+    started = time.monotonic()
+    console.print(f"Run {run_id[:8]} of {recipe.name}: {len(assets)} assets in {home}", highlight=False)
+    try:
+        with _logs_to(log, verbose) as terminal, LiveRun(terminal, runs.events_path(run_id), list(assets)) as live:
+            success = _execute(recipe, assets, run_id, overrides)
+    except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+        runs.finish(run_id, INTERRUPTED)
+        console.print("Stopped. Run the same command again: it goes on from the last checkpoint.")
+        return RunOutcome(run_id, 130, assets)
+    _close_tracking(console, home)
+    if not success:
+        runs.finish(run_id, "failed")
+        for asset, error in live.errors.items():
+            console.print(f"Error in {asset}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Log: {log}", style="dim", highlight=False, soft_wrap=True)
+        return RunOutcome(run_id, 1, assets)
+    seconds = time.monotonic() - started
+    console.print(f"Done in {seconds:.0f} s: {live.reused} of {len(assets)} assets reused.", highlight=False)
+    return RunOutcome(run_id, 0, assets)
+
+
+def _execute(recipe: Recipe, assets: tuple[str, ...], run_id: str, overrides: list[str]) -> bool:
+    tags = {RECIPE_TAG: recipe.name, STARTED_BY_TAG: "align", OVERRIDES_TAG: "\n".join(overrides)}
+    selection = [dg.AssetKey([recipe.name, asset]) for asset in assets]
+    with dg.DagsterInstance.get() as instance:
+        if os.environ.get(EXECUTOR_VARIABLE, "in_process") == "multiprocess":
+            job = dg.build_reconstructable_job(
+                "app.definitions", "recipe_job", reconstructable_kwargs={"name": recipe.name, "overrides": overrides}
+            )
+            with dg.execute_job(job, instance, tags=tags, asset_selection=selection, raise_on_error=False) as result:
+                return result.success
+        job_definition = build_definitions([recipe]).resolve_job_def(recipe.name)
+        return job_definition.execute_in_process(
+            instance=instance, tags=tags, asset_selection=selection, run_id=run_id, raise_on_error=False
+        ).success
+
+
+@contextlib.contextmanager
+def _logs_to(path: Path, verbose: bool) -> Iterator[Console]:
+    """Send everything that libraries print to a file, and give a console that still writes to the terminal."""
+    if verbose:
+        yield Console()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    terminal = os.fdopen(os.dup(saved[0]), "w", encoding="utf-8")
+    try:
+        yield Console(file=terminal)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for descriptor in (*saved, log):
+            os.close(descriptor)
+        terminal.close()
+
+
+def _close_tracking(console: Console, home: Path) -> None:
+    """Give W&B's worker a little time; it goes on by itself if it needs more."""
+    try:
+        project = os.environ.get("WANDB_PROJECT", "alignment-pipeline")
+        remark = tracker_of(home, project).close(_TRACKING_WAIT_S)
+    except AlignmentError:
+        return  # the run has already failed with this message
+    if remark:
+        console.print(remark, style="dim", highlight=False, soft_wrap=True)

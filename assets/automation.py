@@ -1,0 +1,47 @@
+"""The nightly evaluation and the sensor that retrains on new votes; both are off until a person turns them on."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from alignment_pipeline.recipe import Recipe
+from assets.jobs import evaluation_job, retraining_job
+from resources.dagster_resources import ArtifactStoreResource
+from resources.feedback import FeedbackInbox
+
+NIGHTLY = "0 3 * * *"
+SENSOR_INTERVAL_S = 30
+
+
+def nightly_evaluation(recipe: Recipe) -> dg.ScheduleDefinition:
+    """Evaluates the current policies every night; what has not changed is reused."""
+    return dg.ScheduleDefinition(
+        name=f"{recipe.name}_nightly_evaluation",
+        job=evaluation_job(recipe),
+        cron_schedule=NIGHTLY,
+        description="Evaluate the current policies every night at 3; results that exist already are reused.",
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+    )
+
+
+def feedback_sensor(recipe: Recipe) -> dg.SensorDefinition:
+    """Requests one retraining run for each new content of the recipe's feedback inbox."""
+
+    @dg.sensor(
+        name=f"{recipe.name}_feedback",
+        job=retraining_job(recipe),
+        minimum_interval_seconds=SENSOR_INTERVAL_S,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description=f"Retrains when votes lie in feedback/{recipe.name}/inbox; the same votes never request it twice.",
+    )
+    def on_new_votes(
+        context: dg.SensorEvaluationContext, artifact_store: ArtifactStoreResource
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        inbox = FeedbackInbox(artifact_store.folder(), recipe.name)
+        pending = inbox.pending_digest()
+        if pending is None:
+            yield dg.SkipReason(f"No votes wait in feedback/{recipe.name}/inbox.")
+        else:
+            yield dg.RunRequest(run_key=pending)
+
+    return on_new_votes

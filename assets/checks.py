@@ -1,0 +1,52 @@
+"""Which propositions each asset is checked for. They are decided in the library, beside the numbers they are about.
+
+Leakage and empty outputs block what is downstream; the rest warns and shows.
+"""
+
+import dagster as dg
+
+from alignment_pipeline.graph import StageNode, trunk_asset
+from alignment_pipeline.recipe import Recipe
+
+_BLOCKING, _WARNING = True, False
+
+_CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
+    "instructions": (
+        ("splits_share_no_prompt", _BLOCKING, "No prompt stands in two of train, validation and test."),
+        ("counts_reconcile", _BLOCKING, "Rows in = rows kept + rows in quarantine."),
+    ),
+    "formatted_dataset": (
+        ("splits_share_no_prompt", _BLOCKING, "No formatted prompt stands in two splits."),
+        ("completions_end_with_eos", _BLOCKING, "The last token of every completion is the end token."),
+    ),
+    "sampled_responses": (("responses_are_not_empty", _BLOCKING, "Most sampled responses hold text."),),
+    "preference_pairs": (("splits_share_no_prompt", _BLOCKING, "No prompt has pairs in both splits."),),
+    "reward_model": (
+        ("reward_model_beats_length_baseline", _WARNING, "Held-out accuracy is above preferring by length alone."),
+    ),
+    "evaluation": (
+        ("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),
+        ("kl_within_budget", _WARNING, "The policy is no further from the trunk than the recipe's budget."),
+    ),
+}
+
+
+def check_specs(recipe: Recipe, node: StageNode) -> list[dg.AssetCheckSpec]:
+    """The checks of one asset."""
+    key = dg.AssetKey([recipe.name, node.asset])
+    checks = _comparison_checks(recipe, node) if node.stage == "comparison" else _CHECKS.get(node.stage, ())
+    return [
+        dg.AssetCheckSpec(name, asset=key, blocking=blocking, description=description)
+        for name, blocking, description in checks
+    ]
+
+
+def _comparison_checks(recipe: Recipe, node: StageNode) -> tuple[tuple[str, bool, str], ...]:
+    trunk = trunk_asset(recipe)
+    sft = (("sft_beats_base", _WARNING, "SFT is above the base model in BLEU and by the judge."),)
+    beats = tuple(
+        (f"{policy}_beats_{trunk}", _WARNING, "The win rate's 95% interval is above one half.")
+        for policy in node.inputs
+        if policy not in ("base_model", trunk)
+    )
+    return (*(sft if recipe.sft else ()), *beats)

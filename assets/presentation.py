@@ -1,0 +1,66 @@
+"""How an artifact looks on its asset page: numbers, plots inline, tables as Markdown, links."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from alignment_pipeline.identity import EXTRAS, read_jsonl
+from resources.compute import Outcome
+
+_CELL_CHARS = 160
+_ROWS = 5
+
+
+def asset_metadata(outcome: Outcome, tables: Sequence[str], wandb_run: Path | None) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata of a materialization; keys of metrics are the metrics' own names."""
+    manifest = outcome.manifest
+    metadata: dict[str, dg.MetadataValue[Any]] = {
+        name: dg.MetadataValue.float(float(value)) for name, value in manifest["metrics"].items()
+    }
+    metadata["reused"] = dg.MetadataValue.bool(outcome.reused)
+    if outcome.reasons:
+        metadata["computed because"] = dg.MetadataValue.text("; ".join(outcome.reasons))
+    metadata["artifact"] = dg.MetadataValue.path(str(outcome.folder))
+    metadata["manifest"] = dg.MetadataValue.json(_brief(manifest))
+    for picture in sorted((outcome.folder / EXTRAS).glob("*.png")):
+        metadata[picture.stem.replace("_", " ")] = dg.MetadataValue.md(_picture(picture))
+    for name in tables:
+        path = outcome.folder / name
+        metadata[name] = dg.MetadataValue.md(markdown_table(read_jsonl(path)[:_ROWS]) if path.is_file() else "(none)")
+    if wandb_run is not None:
+        metadata["W&B run (offline)"] = dg.MetadataValue.path(str(wandb_run))
+    return metadata
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; long cells are cut, numbers shortened."""
+    if not rows:
+        return "(no rows)"
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = text if len(text) <= _CELL_CHARS else text[: _CELL_CHARS - 1] + "…"
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
+    return escaped.replace("\r", "").replace("\n", "<br>")
+
+
+def _picture(path: Path) -> str:
+    return f"![{path.stem}](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"
+
+
+def _brief(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("stage", "key", "data_version", "code_version", "config", "seed", "inputs", "timings", "environment")
+    return {name: manifest[name] for name in names}

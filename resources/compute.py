@@ -1,0 +1,314 @@
+"""Compute: runs one stage for one asset. Key → lease → reuse or compute → publish → record → index.
+
+The same code path serves a run in one process, a process a step, and the web UI.
+"""
+
+import errno
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alignment_pipeline.code_version import stage_code_version
+from alignment_pipeline.configs import StageConfig
+from alignment_pipeline.errors import AlignmentError, DataError, StoreError
+from alignment_pipeline.graph import StageNode
+from alignment_pipeline.identity import EXTRAS, artifact_key, digest, file_sha256
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.stage import StageResult, StageSpec, stage_function
+from resources import leases
+from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.feedback import FeedbackInbox
+from resources.home import REPOSITORY
+from resources.lineage import Lineage
+from resources.runs import RunRecords
+from resources.tracking import Tracking
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "dagster", "duckdb")
+_TRACKED_STAGES = frozenset({"base_model", "sft_model", "reward_model", "dpo_policy", "ppo_policy", "evaluation"})
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One asset to be made in one run."""
+
+    run_id: str
+    recipe: str
+    node: StageNode
+    config: StageConfig
+    seed: int
+    files: Mapping[str, Path]
+
+    @property
+    def asset_id(self) -> str:
+        """`recipe/asset`, as in the web UI."""
+        return f"{self.recipe}/{self.node.asset}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An asset that exists: where it is, whether it was there before, and if not, why it was computed."""
+
+    ref: ArtifactRef
+    folder: Path
+    manifest: Mapping[str, Any]
+    reused: bool
+    reasons: tuple[str, ...]
+
+
+class Compute:
+    """Makes assets of a home folder, on one device."""
+
+    def __init__(self, home: Path, tracking: Tracking, device: str = "cpu") -> None:
+        self.home = home
+        self.store = ArtifactStore(home)
+        self.runs = RunRecords(home)
+        self.lineage = Lineage(home)
+        self.tracking = tracking
+        self.device = device
+
+    def materialize(self, request: Request) -> Outcome:
+        """Make an asset, or find that it exists already.
+
+        Raises:
+            AlignmentError: Something a user can act on; the run's events name it.
+        """
+        node = request.node
+        self.runs.event(request.run_id, "started", asset=node.asset)
+        started = time.monotonic()
+        try:
+            outcome = self._find_or_compute(request)
+        except BaseException as error:
+            problem = _as_user_error(error)
+            self.runs.event(request.run_id, "failed", asset=node.asset, error=str(problem or type(error).__name__))
+            if problem is not None and problem is not error:
+                raise problem from error
+            raise
+        self.runs.record_asset(request.run_id, request.recipe, node.asset, outcome.ref, reused=outcome.reused)
+        self.runs.event(
+            request.run_id, "finished", asset=node.asset, reused=outcome.reused, reasons=list(outcome.reasons),
+            seconds=time.monotonic() - started, metrics=dict(outcome.manifest["metrics"]),
+        )  # fmt: skip
+        return outcome
+
+    def take_in_feedback(self, recipe: str) -> Path:
+        """Take in a recipe's waiting votes; returns the journal of all of them."""
+        return FeedbackInbox(self.home, recipe).take_in()
+
+    def tracking_folder(self, node: StageNode, outcome: Outcome) -> Path | None:
+        """Folder of the W&B run that belongs to an artifact, if there is one."""
+        return self.tracking.run_directory(_tracking_id(node, outcome.ref.key))
+
+    def _find_or_compute(self, request: Request) -> Outcome:
+        node = request.node
+        inputs = self.runs.resolve(request.run_id, request.recipe, list(node.inputs.values()))
+        by_name = {name: inputs[asset] for name, asset in node.inputs.items()}
+        files = {
+            name: {"sha256": _content_sha256(path, node), "path": str(path)} for name, path in request.files.items()
+        }
+        keyed = request.config.keyed_values()
+        versions = {name: ref.data_version for name, ref in by_name.items()}
+        versions |= {name: entry["sha256"] for name, entry in files.items()}
+        key = artifact_key(node.stage, stage_code_version(node.stage), keyed, versions, request.seed)
+        if found := self.store.find(node.stage, key):
+            return self._reuse(found)
+        description = {
+            "code_version": stage_code_version(node.stage),
+            "config": keyed,
+            "seed": request.seed,
+            "inputs": {name: ref.as_dict() for name, ref in by_name.items()} | files,
+        }
+        reasons = self._why(request, description)
+        with leases.hold(
+            self.home,
+            f"{node.stage}-{key[:20]}",
+            on_wait=lambda text: self.runs.event(request.run_id, "note", asset=node.asset, text=text),
+        ) as lease:
+            if found := self.store.find(node.stage, key):
+                return self._reuse(found)
+            ref = self._compute(request, key, by_name, description, lease)
+        warning = self.lineage.try_sync()
+        if warning:
+            self.runs.event(request.run_id, "note", asset=node.asset, text=warning)
+        return Outcome(ref, self.store.path(ref), self.store.manifest(ref), False, reasons)
+
+    def _reuse(self, ref: ArtifactRef) -> Outcome:
+        return Outcome(ref, self.store.path(ref), self.store.manifest(ref), True, ())
+
+    def _compute(
+        self,
+        request: Request,
+        key: str,
+        inputs: Mapping[str, ArtifactRef],
+        description: Mapping[str, Any],
+        lease: leases.Lease,
+    ) -> ArtifactRef:
+        stage = request.node.stage
+        work = self.home / "work" / key[:20]
+        work.mkdir(parents=True, exist_ok=True)
+        staging = self.store.new_staging()
+        log = ProgressLog(work / "progress.jsonl")
+        self.runs.event(request.run_id, "computing", asset=request.node.asset, log=str(log.path))
+        tracked = self._follow(request, key, description, log)
+        started = time.monotonic()
+        exit_code = 1
+        result = StageResult()
+        try:
+            folders = {name: self.store.verify(ref) for name, ref in inputs.items()} | dict(request.files)
+            spec = StageSpec(request.config, folders, staging, work, request.seed, self.device)
+            result = stage_function(stage)(spec, log)
+            log.close()
+            (staging / EXTRAS).mkdir(exist_ok=True)
+            shutil.copyfile(log.path, staging / EXTRAS / "progress.jsonl")
+            lease.require()
+            ref = self.store.publish(
+                staging, stage, key, description | _report(result, time.monotonic() - started, self.device)
+            )
+            exit_code = 0
+        finally:
+            log.close()
+            shutil.rmtree(staging, ignore_errors=True)
+            if tracked:
+                self.tracking.finish(tracked, exit_code, log.path, dict(result.metrics))
+        shutil.rmtree(work)
+        return ref
+
+    def _follow(self, request: Request, key: str, description: Mapping[str, Any], log: ProgressLog) -> str | None:
+        """Start a W&B run for stages that train or evaluate. Its id follows from the key: a resumed stage goes on."""
+        node = request.node
+        if node.stage not in _TRACKED_STAGES:
+            return None
+        tracking_id = _tracking_id(node, key)
+        self.tracking.follow(
+            run_id=tracking_id,
+            name=f"{request.recipe}/{node.asset}",
+            group=request.run_id,
+            job_type=node.stage,
+            tags=[request.recipe],
+            config={
+                "recipe": request.recipe, "asset": node.asset, "key": key, "dagster_run_id": request.run_id,
+                "seed": request.seed, "code_version": description["code_version"], **description["config"],
+            },
+            log=log.path,
+        )  # fmt: skip
+        return tracking_id
+
+    def _why(self, request: Request, description: Mapping[str, Any]) -> tuple[str, ...]:
+        """What differs from the recipe's current artifact of this asset, in words."""
+        previous = self.runs.current(request.recipe).get(request.node.asset)
+        if previous is None:
+            return ("first time",)
+        try:
+            before = self.store.manifest(previous)
+        except StoreError:
+            return ("the previous artifact is gone",)
+        return tuple(differences(before, description)) or ("the previous artifact's files are incomplete",)
+
+
+def _tracking_id(node: StageNode, key: str) -> str:
+    """A W&B run's id follows from the key, so that a resumed stage goes on in its run."""
+    return f"{node.asset}-{key[:16]}"
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What changed between two computations of a stage: configuration, seed, inputs, code."""
+    found = []
+    for name in sorted(before["config"].keys() | after["config"].keys()):
+        old, new = before["config"].get(name), after["config"].get(name)
+        if old != new:
+            found.append(f"{name} {_spell(old)} → {_spell(new)}")
+    if before["seed"] != after["seed"]:
+        found.append(f"seed {before['seed']} → {after['seed']}")
+    for name in sorted(before["inputs"].keys() | after["inputs"].keys()):
+        old, new = (_version(side["inputs"].get(name)) for side in (before, after))
+        if old != new:
+            found.append(f"{name} {old or 'absent'} → {new or 'absent'}")
+    if before["code_version"] != after["code_version"]:
+        found.append(f"code {before['code_version'][:8]} → {after['code_version'][:8]}")
+    return found
+
+
+def _version(entry: Mapping[str, str] | None) -> str:
+    return "" if entry is None else (entry.get("data_version") or entry["sha256"])[:8]
+
+
+def _spell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _content_sha256(path: Path, node: StageNode) -> str:
+    """What an input file (or a model's folder) holds, whatever it is called.
+
+    Raises:
+        DataError: It does not exist.
+    """
+    try:
+        if path.is_dir():
+            return digest({file.name: file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()})
+        return file_sha256(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"{node.section}.path: {path} does not exist, expected a file that can be read. "
+            f"Correct the recipe, or use `--set {node.section}.path=FILE`."
+        ) from None
+
+
+def _report(result: StageResult, wall_s: float, device: str) -> dict[str, Any]:
+    """The part of a manifest that says how it went; none of it is part of an identity."""
+    return {
+        "metrics": dict(result.metrics),
+        "checks": [vars(check) for check in result.checks],
+        "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "timings": {"wall_s": round(wall_s, 3)},
+        "environment": {
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": device,
+            "cpu_count": os.cpu_count(),
+            "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout, with `+` for uncommitted changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _as_user_error(error: BaseException) -> AlignmentError | None:
+    """The error as something a user can act on, or None if it is a defect (or an interruption)."""
+    if isinstance(error, AlignmentError):
+        return error
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        full = isinstance(link, OSError) and link.errno in _FULL_DISK
+        # safetensors and torch report a failed write in their own error classes, by its text.
+        if full or any(text in str(link) for text in ("No space left on device", "File too large", "os error 28")):
+            return StoreError(
+                f"The disk is full ({str(link).splitlines()[0]}). Nothing was published; checkpoints and earlier "
+                "results are as they were. Free some space, or set ALIGNMENT_HOME to another disk, and run again."
+            )
+    if isinstance(error, PermissionError):
+        return StoreError(f"{error.filename} cannot be written to ({error.strerror}); check its permissions.")
+    return None

@@ -1,0 +1,74 @@
+"""Leases: two processes never compute the same key at once, and a late orphan cannot publish over its successor.
+
+A lease is an exclusive lock on a file (released by the operating system when its holder dies) and a token in that file
+that grows with every holder. Whoever publishes shows that the token is still its own.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment_pipeline import atomic
+from alignment_pipeline.errors import LeaseLostError
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A right to compute one key, good while `token` is the newest."""
+
+    record: Path
+    token: int
+
+    def require(self) -> None:
+        """Check that nobody took over.
+
+        Raises:
+            LeaseLostError: A later holder exists.
+        """
+        newest = _read(self.record)["token"]
+        if newest != self.token:
+            raise LeaseLostError(
+                f"Another process took over this computation (token {newest}, ours {self.token}). "
+                "Its result stands; nothing of ours was published."
+            )
+
+
+@contextlib.contextmanager
+def hold(home: Path, name: str, on_wait: Callable[[str], None] = lambda text: None) -> Iterator[Lease]:
+    """Hold the lease `name`, waiting for its holder if there is one; `on_wait` is told once who that is."""
+    folder = home / "leases"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / f"{name}.json"
+    with (folder / f"{name}.lock").open("a") as lock:
+        _acquire(lock.fileno(), record, on_wait)
+        token = _read(record)["token"] + 1
+        atomic.write_json(record, {"token": token, "pid": os.getpid()})
+        yield Lease(record, token)
+
+
+def _acquire(descriptor: int, record: Path, on_wait: Callable[[str], None]) -> None:
+    said = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not said:
+                on_wait(f"Waiting for process {_read(record)['pid']}, which computes the same.")
+                said = True
+            time.sleep(_POLL_S)
+
+
+def _read(record: Path) -> dict[str, int]:
+    try:
+        found: dict[str, int] = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"token": 0, "pid": 0}
+    return found

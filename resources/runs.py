@@ -1,0 +1,132 @@
+"""Run records (`runs/<id>.json`), their events (`runs/<id>.events.jsonl`) and what is current (`current/<recipe>.json`).
+
+Every run is recorded, whoever started it. The events file is what the live display reads, from any process.
+"""
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alignment_pipeline import atomic
+from alignment_pipeline.errors import MissingArtifactError, StoreError
+from resources.artifact_store import ArtifactRef
+
+RUNNING, SUCCESS, FAILED, INTERRUPTED = "running", "success", "failed", "interrupted"
+
+
+class RunRecords:
+    """Reads and writes run records below one home folder; safe with several processes."""
+
+    def __init__(self, home: Path) -> None:
+        self._runs = home / "runs"
+        self._current = home / "current"
+
+    def start(
+        self, run_id: str, recipe: str, started_by: str, planned: Sequence[str], overrides: Sequence[str] = ()
+    ) -> None:
+        """Record that a run has started and which assets it will make; a second call for it changes nothing."""
+        with self._locked():
+            if not self._path(run_id).exists():
+                record = {
+                    "run_id": run_id, "recipe": recipe, "overrides": list(overrides), "started_by": started_by,
+                    "started_at": _now(), "finished_at": None, "status": RUNNING, "planned": sorted(planned), "assets": {},
+                }  # fmt: skip
+                atomic.write_json(self._path(run_id), record)
+
+    def finish(self, run_id: str, status: str) -> None:
+        """Record how a run ended."""
+        with self._locked():
+            record = self.read(run_id)
+            atomic.write_json(self._path(run_id), record | {"finished_at": _now(), "status": status})
+
+    def record_asset(self, run_id: str, recipe: str, asset: str, ref: ArtifactRef, *, reused: bool) -> None:
+        """Record what an asset is in this run, and make it the recipe's current one. The last planned one ends the run."""
+        with self._locked():
+            record = self.read(run_id)
+            record["assets"][asset] = {**ref.as_dict(), "reused": reused}
+            if record["assets"].keys() >= set(record["planned"]):
+                record |= {"finished_at": _now(), "status": SUCCESS}
+            atomic.write_json(self._path(run_id), record)
+            current = self.current(recipe)
+            current[asset] = ref
+            atomic.write_json(
+                self._current / f"{recipe}.json", {name: value.as_dict() for name, value in current.items()}
+            )
+
+    def read(self, run_id: str) -> dict[str, Any]:
+        """A run's record.
+
+        Raises:
+            StoreError: There is no such run.
+        """
+        try:
+            record: dict[str, Any] = json.loads(self._path(run_id).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StoreError(f"There is no run {run_id!r} in {self._runs}.") from None
+        return record
+
+    def all(self) -> list[dict[str, Any]]:
+        """All run records, oldest first."""
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in self._runs.glob("*.json")]
+        return sorted(records, key=lambda record: str(record["started_at"]))
+
+    def current(self, recipe: str) -> dict[str, ArtifactRef]:
+        """Asset → artifact that is current in a recipe."""
+        path = self._current / f"{recipe}.json"
+        if not path.exists():
+            return {}
+        raw: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        return {asset: ArtifactRef(**value) for asset, value in raw.items()}
+
+    def of_run(self, run_id: str) -> dict[str, ArtifactRef]:
+        """Asset → artifact of one run."""
+        assets: Mapping[str, Any] = self.read(run_id)["assets"]
+        return {
+            asset: ArtifactRef(value["stage"], value["key"], value["data_version"]) for asset, value in assets.items()
+        }
+
+    def resolve(self, run_id: str, recipe: str, assets: Sequence[str]) -> dict[str, ArtifactRef]:
+        """What a stage reads: this run's artifact if it made one, else the current one.
+
+        Raises:
+            MissingArtifactError: An asset has never been made; says how to make it.
+        """
+        known = self.current(recipe) | self.of_run(run_id)
+        missing = [asset for asset in assets if asset not in known]
+        if missing:
+            raise MissingArtifactError(
+                f"{', '.join(missing)} of recipe {recipe} has not been made yet. "
+                f"Run `align run {recipe}`, or name it too: `align run {recipe} "
+                + " ".join(f"--select {asset}" for asset in missing)
+                + " …`."
+            )
+        return {asset: known[asset] for asset in assets}
+
+    def event(self, run_id: str, kind: str, **fields: Any) -> None:
+        """Append an event for the live display, one line, at once."""
+        line = json.dumps({"event": kind, "time": time.time(), **fields})
+        with (self._runs / f"{run_id}.events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def events_path(self, run_id: str) -> Path:
+        """Where a run's events are appended."""
+        return self._runs / f"{run_id}.events.jsonl"
+
+    def _path(self, run_id: str) -> Path:
+        return self._runs / f"{run_id}.json"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._runs.mkdir(parents=True, exist_ok=True)
+        with (self._runs / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,268 @@
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment_pipeline.configs import DataConfig
+from alignment_pipeline.errors import DataError
+from alignment_pipeline.identity import data_version, read_jsonl
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.prompts import prompt_id, row_id
+from alignment_pipeline.rows import RawRow
+from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.stages import instructions
+from alignment_pipeline.stages.instructions import ingest_instructions
+
+GOOD = [
+    {
+        "instruction": f"Write function {number}.\r\n\té",
+        "input": f" {number} " if number % 3 else "",
+        "output": "x\u2028y\n",
+    }
+    for number in range(200)
+]
+
+
+def ingest(folder: Path, seed: int = 0, **config: Any) -> tuple[StageResult, Path]:
+    output_dir = folder / "output"
+    output_dir.mkdir(parents=True)
+    log = ProgressLog(folder / "progress.jsonl")
+    spec = StageSpec(DataConfig(**config), {}, output_dir, folder / "work", seed)
+    return ingest_instructions(spec, log), output_dir
+
+
+def write_lines(path: Path, lines: list[bytes]) -> str:
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return str(path)
+
+
+def encoded(record: Any) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+BAD = {
+    "missing_key": [b'{"instruction": "a"}', b'{"output": "a", "input": ""}', b"{}"],
+    "wrong_type": [
+        b'{"instruction": 1, "output": "a"}', b'{"instruction": "a", "output": null}', b"[1]", b"3", b"null", b'"a"',
+        b'{"instruction": "a", "input": ["b"], "output": "c"}', b'{"instruction": "a", "output": {"b": NaN}}',
+    ],
+    "empty_instruction": [b'{"instruction": " \\n\\t", "output": "a"}'],
+    "empty_output": [b'{"instruction": "a", "output": ""}', b'{"instruction": "a", "output": " \\n"}'],
+    "over_long": [encoded({"instruction": "a" * 400, "input": "b" * 300, "output": "c" * 301})],
+    "duplicate": [encoded(GOOD[0]), encoded({**GOOD[3], "input": None, "extra": 1})],
+    "invalid_utf8": [
+        b'{"instruction": "a\xff", "output": "b"}', b"\xfe\xfe", b'{"instruction": "a", "output": "\\ud800"}',
+        b'{"instruction": "a", "input": "\\udc00", "output": "b"}',
+    ],
+    "invalid_json": [b'{"instruction": "a", ', b"instruction,output", b"[" * 20_000, b"9" * 5_000],
+    "control_characters": [
+        b'{"instruction": "a\\u0000", "output": "b"}', b'{"instruction": "a", "output": "\\u001b[31m"}',
+        b'{"instruction": "a", "input": "\\u0085", "output": "b"}', b'{"instruction": "a", "output": "\x7f"}',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_each_kind_of_bad_row_goes_to_quarantine_with_its_reason_and_line(tmp_path: Path, reason: str) -> None:
+    lines = [encoded(record) for record in GOOD]
+    result, output = ingest(tmp_path, path=write_lines(tmp_path / "rows.jsonl", lines + BAD[reason]), max_chars=1000)
+    quarantined = read_jsonl(output / "quarantine.jsonl")
+    expected = [(reason, 201 + index) for index in range(len(BAD[reason]))]
+    assert [(row["reason"], row["source_line"]) for row in quarantined] == expected
+    for row in quarantined:
+        assert set(row) == {"reason", "source_line", "detail"}
+        assert row["detail"].isprintable() and len(row["detail"]) <= 200
+    assert result.metrics["data/quarantined"] == len(expected)
+
+
+def test_good_rows_are_kept_byte_for_byte_with_their_identities(tmp_path: Path) -> None:
+    result, output = ingest(tmp_path, path=write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in GOOD]))
+    rows = read_jsonl(output / "rows.jsonl")
+    assert [{name: row[name] for name in ("instruction", "input", "output")} for row in rows] == GOOD
+    for line, row in enumerate(rows, start=1):
+        assert set(row) == {"id", "prompt_id", "instruction", "input", "output", "split", "source_line"}
+        assert row["id"] == row_id(row["instruction"], row["input"], row["output"])
+        assert row["prompt_id"] == prompt_id(row["instruction"], row["input"])
+        assert row["source_line"] == line
+    assert {check.name: (check.passed, check.blocking) for check in result.checks} == {
+        "splits_share_no_prompt": (True, True),
+        "counts_reconcile": (True, True),
+    }
+
+
+def test_a_missing_or_null_input_is_an_empty_input_and_other_keys_are_ignored(tmp_path: Path) -> None:
+    records = [
+        {"instruction": f"i{n}", "output": "o", **({"input": None} if n % 2 else {}), "extra": {"n": n}}
+        for n in range(200)
+    ]
+    _, output = ingest(tmp_path, path=write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in records]))
+    assert [row["input"] for row in read_jsonl(output / "rows.jsonl")] == [""] * 200
+    assert read_jsonl(output / "quarantine.jsonl") == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bad_rows_anywhere_change_no_good_row_and_every_row_is_accounted_for(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    clean_lines = [encoded(record) for record in GOOD]
+    bad = [line for lines in BAD.values() for line in lines] + [
+        bytes(rng.randbytes(30)).replace(b"\n", b"") for _ in range(20)
+    ]
+    lines = list(clean_lines)
+    for line in rng.choices(bad, k=60):
+        lines.insert(rng.randrange(len(lines) + 1), line)
+    if rng.random() < 0.5:
+        lines.insert(rng.randrange(len(lines) + 1), b"  ")  # a blank line is no row
+    _, clean = ingest(tmp_path / "clean", path=write_lines(tmp_path / "clean.jsonl", clean_lines), max_chars=1000)
+    result, fuzzed = ingest(tmp_path / "fuzzed", path=write_lines(tmp_path / "fuzzed.jsonl", lines), max_chars=1000)
+
+    def without_lines(folder: Path) -> list[str]:
+        return sorted(
+            json.dumps({**row, "source_line": 0}, sort_keys=True) for row in read_jsonl(folder / "rows.jsonl")
+        )
+
+    assert without_lines(fuzzed) == without_lines(clean)
+    summary = json.loads((fuzzed / "summary.json").read_text())
+    assert summary["rows_in"] == 260 == summary["kept"] + summary["quarantined"]
+    assert sum(summary["by_reason"].values()) == summary["quarantined"] == 60
+    assert sum(summary["splits"].values()) == summary["kept"] == 200
+    assert all(check.passed for check in result.checks)
+
+
+def test_the_split_of_a_prompt_does_not_depend_on_order_or_other_rows(tmp_path: Path) -> None:
+    shuffled = random.Random(1).sample(GOOD, 150)
+    outputs = [
+        ingest(tmp_path / name, path=write_lines(tmp_path / f"{name}.jsonl", [encoded(record) for record in records]))[
+            1
+        ]
+        for name, records in (("all", GOOD), ("some", shuffled))
+    ]
+    whole, part = ({row["id"]: row["split"] for row in read_jsonl(output / "rows.jsonl")} for output in outputs)
+    assert part == {identity: whole[identity] for identity in part}
+
+
+def test_another_seed_is_another_split_of_about_the_same_size(tmp_path: Path) -> None:
+    splits = []
+    for seed in (0, 1):
+        result, output = ingest(
+            tmp_path / str(seed), seed=seed, world_rows=1500, validation_fraction=0.1, test_fraction=0.2
+        )
+        splits.append({row["prompt_id"]: row["split"] for row in read_jsonl(output / "rows.jsonl")})
+        # Four standard deviations of a share of 0.2 (0.1) among 1,500.
+        assert result.metrics["data/test"] / 1500 == pytest.approx(0.2, abs=0.042)
+        assert result.metrics["data/validation"] / 1500 == pytest.approx(0.1, abs=0.031)
+    common = splits[0].keys() & splits[1].keys()
+    assert any(splits[0][identity] != splits[1][identity] for identity in common)
+
+
+def test_prompts_that_differ_in_case_and_whitespace_only_fall_in_one_split(tmp_path: Path) -> None:
+    variants = [
+        {"instruction": text, "input": "", "output": "o"}
+        for number in range(60)
+        for text in (f"Print number {number}.", f"print  NUMBER {number}.", f" print\nnumber {number}. ")
+    ]
+    result, output = ingest(
+        tmp_path, path=write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in variants]),
+        validation_fraction=0.3, test_fraction=0.3,
+    )  # fmt: skip
+    rows = read_jsonl(output / "rows.jsonl")
+    assert len(rows) == 180
+    assert all(len({row["split"] for row in rows[start : start + 3]}) == 1 for start in range(0, 180, 3))
+    assert next(check for check in result.checks if check.name == "splits_share_no_prompt").passed
+
+
+def test_a_leak_between_splits_fails_the_blocking_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = iter(range(10_000))
+    monkeypatch.setattr(instructions, "split_position", lambda *_: next(places) % 20 / 20)
+    records = [{"instruction": "same", "input": "", "output": str(number)} for number in range(40)]
+    result, _ = ingest(tmp_path, path=write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in records]))
+    assert {check.name: check.passed for check in result.checks} == {
+        "splits_share_no_prompt": False,
+        "counts_reconcile": True,
+    }
+
+
+def test_a_row_lost_on_the_way_fails_the_blocking_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sift = instructions._sift
+
+    def lose_one(raw: list[RawRow], max_chars: int) -> tuple[list[Any], list[Any]]:
+        kept, quarantined = sift(raw, max_chars)
+        return kept[1:], quarantined
+
+    monkeypatch.setattr(instructions, "_sift", lose_one)
+    result, _ = ingest(tmp_path, world_rows=200)
+    check = next(check for check in result.checks if check.name == "counts_reconcile")
+    assert not check.passed and check.blocking
+    assert check.detail == "200 rows in, 199 kept + 0 quarantined"
+
+
+def test_hub_rows_are_sifted_like_any_other_and_their_commit_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, revision: str | None, split: str) -> tuple[list[RawRow], str]:
+        assert (name, revision, split) == ("owner/name", "v1", "train")
+        values = [*GOOD, {"instruction": "a", "input": None, "output": None}]  # the hub fills a missing key with null
+        return [RawRow(position, value) for position, value in enumerate(values, start=1)], "c0ffee"
+
+    monkeypatch.setattr(instructions, "load_hub_rows", load)
+    result, output = ingest(tmp_path, hub_name="owner/name", hub_revision="v1")
+    assert (result.metrics["data/kept"], result.metrics["data/quarantined"]) == (200, 1)
+    assert json.loads((output / "summary.json").read_text())["source"] == "hub owner/name"
+    assert json.loads((output / "extras" / "source.json").read_text())["commit"] == "c0ffee"
+
+
+def test_no_usable_row_is_an_error_that_counts_the_reasons(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [b"{}", b"{}", b"oops"])
+    with pytest.raises(DataError, match=r"3 rows and none of them usable.*'invalid_json': 1, 'missing_key': 2"):
+        ingest(tmp_path, path=path)
+
+
+def test_too_few_rows_for_three_splits_is_an_error_that_names_the_empty_ones(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in GOOD[:2]])
+    with pytest.raises(DataError, match=r"too few rows.*would be empty"):
+        ingest(tmp_path, path=path)
+
+
+def test_the_built_in_world_needs_no_file_and_the_path_wins_over_the_hub(tmp_path: Path) -> None:
+    _, world = ingest(tmp_path / "world", world_rows=300)
+    assert json.loads((world / "summary.json").read_text())["source"] == "world"
+    path = write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in GOOD])
+    _, from_file = ingest(tmp_path / "file", path=path, hub_name="nobody/nothing")
+    assert json.loads((from_file / "summary.json").read_text())["source"] == "file"
+    assert json.loads((from_file / "extras" / "source.json").read_text())["path"] == path
+
+
+def test_more_rows_than_the_world_has_is_an_error_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.world_rows"):
+        ingest(tmp_path, world_rows=10**9)
+
+
+def test_the_same_rows_from_another_place_are_the_same_data_version(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    first = write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in GOOD])
+    second = tmp_path / "elsewhere" / "copy.json"
+    second.write_text(json.dumps(GOOD))
+    versions = {
+        data_version(ingest(tmp_path / name, path=path)[1]) for name, path in (("a", first), ("b", str(second)))
+    }
+    assert len(versions) == 1
+
+
+def test_every_row_of_the_real_codealpaca_is_kept_or_quarantined(tmp_path: Path) -> None:
+    folder = os.environ.get("ALIGNMENT_DATA_DIR")
+    if not folder:
+        pytest.skip("ALIGNMENT_DATA_DIR is not set: the real CodeAlpaca file is not committed to this repository")
+    path = Path(folder) / "codealpaca" / "code_alpaca_20k.jsonl"
+    result, output = ingest(tmp_path, path=str(path))
+    rows = read_jsonl(output / "rows.jsonl")
+    reasons = Counter(row["reason"] for row in read_jsonl(output / "quarantine.jsonl"))
+    assert (len(rows), dict(reasons)) == (20_016, {"empty_output": 6})
+    assert result.metrics["data/rows_in"] == 20_022 == len(rows) + reasons.total()
+    source = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for row in rows:
+        original = source[row["source_line"] - 1]
+        assert all(row[name] == original[name] for name in ("instruction", "input", "output"))
+    assert all(check.passed for check in result.checks)

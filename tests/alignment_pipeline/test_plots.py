@@ -1,0 +1,30 @@
+import struct
+from pathlib import Path
+
+from alignment_pipeline.plots import bars, curves, histogram
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def test_plots_are_png_files_of_one_size_and_the_same_bytes_for_the_same_data(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        histogram(tmp_path / name / "h.png", {"prompt": [1.0, 2.0, 2.0], "completion": [5.0]}, "Lengths", "tokens")
+        curves(
+            tmp_path / name / "c.png", {"ppo": ([0, 1, 2], [0.1, 0.2, 0.3]), "dpo": ([0], [1.0])}, "KL", "step", "nats"
+        )
+        bars(tmp_path / name / "b.png", {"base": (0.1, 0.02), "sft": (0.7, 0.03)}, "Score", "gold rule")
+    for plot in ("h.png", "c.png", "b.png"):
+        first = (tmp_path / "first" / plot).read_bytes()
+        assert size_of(first) == (660, 385)
+        assert first == (tmp_path / "second" / plot).read_bytes()
+        assert b"Software" not in first
+
+
+def test_a_plot_of_nothing_is_an_empty_plot(tmp_path: Path) -> None:
+    histogram(tmp_path / "h.png", {"prompt": []}, "Lengths", "tokens")
+    curves(tmp_path / "c.png", {}, "Loss", "step", "loss")
+    assert size_of((tmp_path / "h.png").read_bytes()) == size_of((tmp_path / "c.png").read_bytes())
