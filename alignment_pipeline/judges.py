@@ -1,7 +1,7 @@
 """Judges: who scores a response, from 0 to 1. Every table names the judge it used.
 
-`gold_rule` parses the response by the built-in world's rule; `reference_chrf` measures closeness to the dataset's answer.
-Neither runs the response.
+`gold_rule` parses the response by the built-in world's rule; `reference_chrf` measures closeness to the dataset's
+answer. Neither runs the response.
 """
 
 from collections.abc import Callable, Sequence

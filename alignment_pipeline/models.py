@@ -1,7 +1,8 @@
 """Models and tokenizers on disk: loading them safely, attaching adapters, and writing them back.
 
-An artifact that holds a model has `model/` (safetensors, config, tokenizer) or `adapter/` (a LoRA adapter of the recipe's
-trunk). Which trunk an adapter belongs to is known from the manifest's inputs, never from a path in the adapter's config.
+An artifact that holds a model has `model/` (safetensors, config, tokenizer) or `adapter/` (a LoRA adapter of the
+recipe's trunk). Which trunk an adapter belongs to is known from the manifest's inputs, never from a path in the
+adapter's config.
 """
 
 import os
@@ -24,11 +25,12 @@ from alignment_pipeline.errors import ModelError
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 
-# Every name under which the supported architectures keep a dropout rate. OPT applies dropout as a function of its config,
-# so that turning off nn.Dropout modules is not enough (https://github.com/huggingface/trl/issues, `disable_dropout`).
+# Every name under which the supported architectures keep a dropout rate. OPT applies dropout as a function of its
+# config, so that turning off nn.Dropout modules, as TRL's `disable_dropout` does, is not enough.
 _DROPOUT_KEYS = (
     "dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "summary_first_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+    "summary_first_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "classifier_dropout",
 )  # fmt: skip
 
 
@@ -46,7 +48,8 @@ def load_tokenizer(artifact: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{folder}: no tokenizer could be read ({error}); expected tokenizer.json.") from error
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise ModelError(
-            f"{folder}: found eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}, expected two different tokens."
+            f"{folder}: found eos {tokenizer.eos_token!r} and pad {tokenizer.pad_token!r}, "
+            "expected two different tokens."
         )
     return tokenizer
 
@@ -58,7 +61,7 @@ def load_causal_lm(folder: Path, device: str = "cpu") -> PreTrainedModel:
         ModelError: The folder holds no safetensors model.
     """
     model = _load(AutoModelForCausalLM, folder)
-    return model.to(device).eval()  # type: ignore[no-any-return]  # transformers is untyped here
+    return model.to(device).eval()
 
 
 def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedModel:
@@ -66,15 +69,15 @@ def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedMod
     if (policy / MODEL_FOLDER).exists():
         return load_causal_lm(policy / MODEL_FOLDER, device)
     model = load_causal_lm(trunk / MODEL_FOLDER, device)
-    return PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER)).merge_and_unload().eval()  # type: ignore[no-any-return]
+    return PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER)).merge_and_unload().eval()
 
 
 def load_scorer(artifact: Path, trunk: Path, device: str = "cpu") -> PreTrainedModel:
-    """A reward model: a sequence classifier with one output, from `model/`, or the trunk with adapter and score head."""
+    """A reward model, a classifier with one output: from `model/`, or the trunk with adapter and score head."""
     if (artifact / MODEL_FOLDER).exists():
-        return new_scorer(artifact / MODEL_FOLDER).to(device).eval()  # type: ignore[no-any-return]
+        return new_scorer(artifact / MODEL_FOLDER).to(device).eval()
     model = PeftModel.from_pretrained(new_scorer(trunk / MODEL_FOLDER), str(artifact / ADAPTER_FOLDER))
-    return model.merge_and_unload().to(device).eval()  # type: ignore[no-any-return]
+    return model.merge_and_unload().to(device).eval()
 
 
 def new_scorer(folder: Path) -> PreTrainedModel:
@@ -160,4 +163,4 @@ def _load(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
         raise ModelError(
             f"{folder}: config.json has no pad_token_id, expected one: a scorer reads the last real token."
         )
-    return model  # type: ignore[no-any-return]
+    return model

@@ -186,11 +186,19 @@ def _cells(state: _AssetState) -> tuple[RenderableType, RenderableType, Renderab
 
 # The number that says most about a stage, by the first of these names it has.
 _HEADLINES = (
-    ("objective/score", "score {:.2f}"), ("eval/judge_score", "judge {:.3f}"), ("reward/held_out_accuracy", "held-out accuracy {:.1%}"),
-    ("dpo/held_out_accuracy", "held-out accuracy {:.1%}"), ("train/loss", "loss {:.3f}"), ("eval/loss", "held-out loss {:.3f}"),
-    ("samples/count", "{:,.0f} samples"), ("pairs/count", "{:,.0f} pairs"), ("pairs/train", "{:,.0f} training pairs"),
-    ("feedback/kept", "{:,.0f} votes"), ("data/kept", "{:,.0f} rows kept"), ("data/train", "{:,.0f} training rows"),
-)  # fmt: skip
+    ("objective/score", "score {:.2f}"),
+    ("eval/judge_score", "judge {:.3f}"),
+    ("reward/held_out_accuracy", "held-out accuracy {:.1%}"),
+    ("dpo/held_out_accuracy", "held-out accuracy {:.1%}"),
+    ("train/loss", "loss {:.3f}"),
+    ("eval/loss", "held-out loss {:.3f}"),
+    ("samples/count", "{:,.0f} samples"),
+    ("pairs/count", "{:,.0f} pairs"),
+    ("pairs/train", "{:,.0f} training pairs"),
+    ("feedback/kept", "{:,.0f} votes"),
+    ("data/kept", "{:,.0f} rows kept"),
+    ("data/train", "{:,.0f} training rows"),
+)
 
 
 def _headline(state: _AssetState) -> str:

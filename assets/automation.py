@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from alignment_pipeline.recipe import Recipe
-from assets.jobs import evaluation_job, retraining_job
+from assets.jobs import evaluation_job_name, retraining_job_name
 from resources.dagster_resources import ArtifactStoreResource
 from resources.feedback import FeedbackInbox
 
@@ -17,7 +17,7 @@ def nightly_evaluation(recipe: Recipe) -> dg.ScheduleDefinition:
     """Evaluates the current policies every night; what has not changed is reused."""
     return dg.ScheduleDefinition(
         name=f"{recipe.name}_nightly_evaluation",
-        job=evaluation_job(recipe),
+        job_name=evaluation_job_name(recipe),
         cron_schedule=NIGHTLY,
         description="Evaluate the current policies every night at 3; results that exist already are reused.",
         default_status=dg.DefaultScheduleStatus.STOPPED,
@@ -29,7 +29,7 @@ def feedback_sensor(recipe: Recipe) -> dg.SensorDefinition:
 
     @dg.sensor(
         name=f"{recipe.name}_feedback",
-        job=retraining_job(recipe),
+        job_name=retraining_job_name(recipe),
         minimum_interval_seconds=SENSOR_INTERVAL_S,
         default_status=dg.DefaultSensorStatus.STOPPED,
         description=f"Retrains when votes lie in feedback/{recipe.name}/inbox; the same votes never request it twice.",

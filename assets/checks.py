@@ -20,6 +20,7 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
         ("completions_end_with_eos", _BLOCKING, "The last token of every completion is the end token."),
     ),
     "sampled_responses": (("responses_are_not_empty", _BLOCKING, "Most sampled responses hold text."),),
+    "human_preferences": (("counts_reconcile", _BLOCKING, "Votes in = votes kept + votes in quarantine."),),
     "preference_pairs": (("splits_share_no_prompt", _BLOCKING, "No prompt has pairs in both splits."),),
     "reward_model": (
         ("reward_model_beats_length_baseline", _WARNING, "Held-out accuracy is above preferring by length alone."),

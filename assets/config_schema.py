@@ -1,4 +1,4 @@
-"""The launchpad's form of a stage, derived from its section of the recipe: types, descriptions, and the values set there."""
+"""The launchpad's form of a stage, derived from its section of the recipe: types, descriptions and values."""
 
 import types
 import typing

@@ -1,33 +1,46 @@
 """Named selections of a recipe's assets. The job that makes everything bears the recipe's name."""
 
+from typing import Any, TypeAlias
+
 import dagster as dg
 
 from alignment_pipeline.graph import StageNode, build_graph
 from alignment_pipeline.recipe import Recipe
 from assets.stage_asset import RECIPE_TAG
 
-# What Dagster knows as a job with no executor of its own takes the code location's: in process, or a process a step.
+AssetJob: TypeAlias = Any
+"""What `dg.define_asset_job` returns; Dagster keeps the class private."""
 
 
-def everything_job(recipe: Recipe) -> dg.UnresolvedAssetJobDefinition:
+def evaluation_job_name(recipe: Recipe) -> str:
+    """Name of the job that the nightly schedule starts."""
+    return f"{recipe.name}_evaluation"
+
+
+def retraining_job_name(recipe: Recipe) -> str:
+    """Name of the job that the feedback sensor requests."""
+    return f"{recipe.name}_retraining"
+
+
+def everything_job(recipe: Recipe) -> AssetJob:
     """All of a recipe's assets."""
     return _job(recipe, recipe.name, list(build_graph(recipe)), f"Everything of {recipe.name}: {recipe.description}")
 
 
-def evaluation_job(recipe: Recipe) -> dg.UnresolvedAssetJobDefinition:
+def evaluation_job(recipe: Recipe) -> AssetJob:
     """The evaluations and the comparison, of the policies as they are."""
     names = [node.asset for node in build_graph(recipe).values() if node.stage in ("evaluation", "comparison")]
-    return _job(recipe, f"{recipe.name}_evaluation", names, "Evaluate the current policies and compare them.")
+    return _job(recipe, evaluation_job_name(recipe), names, "Evaluate the current policies and compare them.")
 
 
-def retraining_job(recipe: Recipe) -> dg.UnresolvedAssetJobDefinition:
+def retraining_job(recipe: Recipe) -> AssetJob:
     """The human preferences and all that learns from them."""
     graph = build_graph(recipe)
     names = ["human_preferences", *_downstream(graph, "human_preferences")]
-    return _job(recipe, f"{recipe.name}_retraining", names, "Take in people's votes and train what learns from them.")
+    return _job(recipe, retraining_job_name(recipe), names, "Take in people's votes and train what learns from them.")
 
 
-def _job(recipe: Recipe, name: str, assets: list[str], description: str) -> dg.UnresolvedAssetJobDefinition:
+def _job(recipe: Recipe, name: str, assets: list[str], description: str) -> AssetJob:
     return dg.define_asset_job(
         name,
         selection=dg.AssetSelection.assets(*(dg.AssetKey([recipe.name, asset]) for asset in assets)),

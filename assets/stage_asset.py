@@ -58,7 +58,7 @@ def stage_asset(
         config_schema=launchpad_schema(node.config, recipe.seed),
         pool=GPU_POOL if on_gpu else None,
     )
-    def materialize(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
+    def materialize(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:  # type: ignore[type-arg]  # Dagster compares it
         engine = compute.engine()
         try:
             outcome = _materialize(context, engine, recipe, node, takes_in_feedback)

@@ -1,6 +1,6 @@
 """Every asset of a recipe: what is special to each stage's asset is one entry of `STAGE_ASSETS`.
 
-The bodies are all the same (inputs → one library call → metadata, see `stage_asset`), so there is no file per stage here.
+The bodies are all the same (inputs → one library call → metadata, see `stage_asset`), so there is no file per stage.
 """
 
 from dataclasses import dataclass

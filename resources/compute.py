@@ -170,7 +170,7 @@ class Compute:
             shutil.copyfile(log.path, staging / EXTRAS / "progress.jsonl")
             lease.require()
             ref = self.store.publish(
-                staging, stage, key, description | _report(result, time.monotonic() - started, self.device)
+                staging, stage, key, {**description, **_report(result, time.monotonic() - started, self.device)}
             )
             exit_code = 0
         finally:

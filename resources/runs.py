@@ -1,4 +1,7 @@
-"""Run records (`runs/<id>.json`), their events (`runs/<id>.events.jsonl`) and what is current (`current/<recipe>.json`).
+"""Run records, their events and what is current.
+
+    runs/<id>.json            who started it, what it made      runs/<id>.events.jsonl   what happens, as it happens
+    current/<recipe>.json     asset → artifact
 
 Every run is recorded, whoever started it. The events file is what the live display reads, from any process.
 """
@@ -32,9 +35,10 @@ class RunRecords:
         """Record that a run has started and which assets it will make; a second call for it changes nothing."""
         with self._locked():
             if not self._path(run_id).exists():
-                record = {
+                record: dict[str, Any] = {
                     "run_id": run_id, "recipe": recipe, "overrides": list(overrides), "started_by": started_by,
-                    "started_at": _now(), "finished_at": None, "status": RUNNING, "planned": sorted(planned), "assets": {},
+                    "started_at": _now(), "finished_at": None, "status": RUNNING,
+                    "planned": sorted(planned), "assets": {},
                 }  # fmt: skip
                 atomic.write_json(self._path(run_id), record)
 
@@ -45,7 +49,10 @@ class RunRecords:
             atomic.write_json(self._path(run_id), record | {"finished_at": _now(), "status": status})
 
     def record_asset(self, run_id: str, recipe: str, asset: str, ref: ArtifactRef, *, reused: bool) -> None:
-        """Record what an asset is in this run, and make it the recipe's current one. The last planned one ends the run."""
+        """Record what an asset is in this run, and make it the recipe's current one.
+
+        The last planned asset ends the run.
+        """
         with self._locked():
             record = self.read(run_id)
             record["assets"][asset] = {**ref.as_dict(), "reused": reused}

@@ -68,7 +68,6 @@ class Tracking:
         self._init_timeout_s = init_timeout_s
         self._worker: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._gave_up = self.mode == "disabled"
         self._lock = threading.Lock()
 
     def follow(
@@ -97,15 +96,15 @@ class Tracking:
             "run_id": run_id, "name": name, "group": group, "job_type": job_type,
             "tags": [tag[:_MAX_TAG_CHARS] for tag in tags], "config": dict(config), "log": str(log.absolute()),
         }  # fmt: skip
+        if self.mode == "disabled":
+            return
         with self._lock:
-            if self._gave_up:
-                return
             try:
                 if self._channel is None:
                     self._start()
                 self._send("follow", fields, log)
             except OSError as error:
-                self._give_up(f"the worker cannot be started or reached ({error})")
+                self._give_up(run_id, error)
 
     def finish(
         self, run_id: str, exit_code: int = 0, log: Path | None = None, summary: Mapping[str, float] | None = None
@@ -126,7 +125,7 @@ class Tracking:
             try:
                 self._send("finish", fields)
             except OSError as error:
-                self._give_up(f"the worker has gone ({error})")
+                self._give_up(run_id, error)
 
     def run_directory(self, run_id: str, timeout_s: float = 0.0) -> Path | None:
         """The newest local folder of a run, or None if there is none (yet).
@@ -152,13 +151,10 @@ class Tracking:
         with self._lock:
             channel, worker = self._channel, self._worker
             self._channel = self._worker = None
-        if channel is None or worker is None:
+        if channel is not None:
+            _hang_up(channel)
+        if worker is None:
             return None
-        with channel:
-            try:
-                channel.shutdown(socket.SHUT_RDWR)  # forked children may hold the socket too: closing is not enough
-            except OSError as error:
-                _log.debug("the worker had ended before it was told to: %s", error)
         try:
             worker.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -186,14 +182,15 @@ class Tracking:
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         import_path = os.pathsep.join(filter(None, [str(_REPOSITORY), inherited.get("PYTHONPATH")]))
         command = [
-            sys.executable, "-P", "-m", "resources.tracking_worker", "--home", str(self._home), "--project", self.project,
-            "--mode", self.mode, "--init-timeout-s", str(self._init_timeout_s), "--parent", str(os.getpid()),
+            sys.executable, "-P", "-m", "resources.tracking_worker",
+            "--home", str(self._home), "--project", self.project, "--mode", self.mode,
+            "--init-timeout-s", str(self._init_timeout_s), "--parent", str(os.getpid()),
         ]  # fmt: skip
         ours, theirs = socket.socketpair()
         try:
             with theirs, self._log_path.open("ab") as output:
                 self._worker = subprocess.Popen(
-                    command, stdin=theirs, stdout=output, stderr=output, cwd=self._home,
+                    command, stdin=theirs.fileno(), stdout=output, stderr=output, cwd=self._home,
                     env={**inherited, **_WORKER_ENVIRONMENT, "PYTHONPATH": import_path},
                     start_new_session=True,  # Ctrl-C ends the training and not the record of it
                 )  # fmt: skip
@@ -214,13 +211,25 @@ class Tracking:
             sent = socket.send_fds(self._channel, [line], [file.fileno()])
         self._channel.sendall(line[sent:])
 
-    def _give_up(self, reason: str) -> None:
-        self._gave_up = True
+    def _give_up(self, run_id: str, error: OSError) -> None:
+        """Let go of a worker that cannot be reached; the next run to follow starts another."""
         if self._channel is not None:
-            self._channel.close()
+            _hang_up(self._channel)
             self._channel = None
-        _log.warning("W&B is off for the rest of this process: %s. Training goes on; see %s.", reason, self._log_path)
+        _log.warning(
+            "W&B does not show all of %s and training goes on: its worker cannot be started or reached (%s). See %s.",
+            run_id, error, self._log_path,
+        )  # fmt: skip
 
 
 def _line(kind: str, fields: Mapping[str, Any]) -> bytes:
     return json.dumps({kind: fields}, default=str).encode() + b"\n"
+
+
+def _hang_up(channel: socket.socket) -> None:
+    """Close for every holder: a child that was forked from this process may have the socket open too."""
+    with channel:
+        try:
+            channel.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            _log.debug("the worker had ended before it was told to: %s", error)

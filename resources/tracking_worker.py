@@ -23,7 +23,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 STEP_METRIC = "global_step"
 
@@ -63,11 +63,11 @@ class Follower:
     def __init__(self, home: Path, project: str, mode: str, init_timeout_s: float) -> None:
         self._home = home
         self._project = project
-        self._mode = mode
+        self._mode: Literal["offline", "online"] = "online" if mode == "online" else "offline"
         self._init_timeout_s = init_timeout_s
         self._restart_needed = False
         self._followed: dict[str, Followed] = {}
-        if mode == "online" and not os.environ.get("WANDB_API_KEY"):
+        if self._mode == "online" and not os.environ.get("WANDB_API_KEY"):
             _log.warning("WANDB_MODE is online and WANDB_API_KEY is not set: runs are kept offline.")
             self._mode = "offline"
 
@@ -104,9 +104,9 @@ class Follower:
 
     def _advance_one(self, followed: Followed) -> None:
         if followed.run is None:
-            if self._restart_needed and any(other.run is not None for other in self._followed.values()):
-                return  # its log is kept open, and it is opened when the others have ended
             self._open(followed)
+        if followed.run is None:
+            return  # its log stays open, and it is shown when the others have ended
         if followed.file is None:
             followed.file = _open_log(followed)
         if followed.file is not None:
@@ -123,6 +123,7 @@ class Follower:
             followed.file.close()
 
     def _open(self, followed: Followed) -> None:
+        """Open a run, or leave it for later if wandb's service has to be started anew and others are using it."""
         import wandb
 
         if self._mode == "online":
@@ -130,20 +131,19 @@ class Follower:
                 followed.run = self._init(followed.fields)
             except Exception as error:  # a refused key, a dead network and a broken server have no class in common
                 self._mode = "offline"
-                self._restart_needed = True
-                _log.warning(
-                    "W&B cannot be reached (%s). Runs are kept offline from here on.", " ".join(str(error).split())
-                )
-                if any(other.run is not None for other in self._followed.values()):
-                    return
+                self._restart_needed = True  # wandb's service holds on to the id of a run that failed to open
+                reason = " ".join(str(error).split())
+                _log.warning("W&B cannot be reached (%s). Runs are kept offline from here on.", reason)
         if followed.run is None:
             if self._restart_needed:
-                wandb.teardown()  # its service holds on to the id of a run that failed to open
+                if any(other.run is not None for other in self._followed.values()):
+                    return
+                wandb.teardown()
                 self._restart_needed = False
             followed.run = self._init(followed.fields)
         if self._mode == "offline":
-            _log.info("%s is kept in %s. To upload it: wandb sync '%s'", followed.fields["run_id"],
-                      *[followed.run.settings.sync_dir] * 2)  # fmt: skip
+            folder = followed.run.settings.sync_dir
+            _log.info("%s is kept in %s. To upload it: wandb sync '%s'", followed.fields["run_id"], folder, folder)
         followed.run.define_metric(STEP_METRIC, hidden=True)
 
     def _init(self, fields: dict[str, Any]) -> Any:
@@ -181,7 +181,7 @@ def _open_log(followed: Followed) -> BinaryIO | None:
     """Open a log that did not exist when it was announced, at its place or where the stage says that it went."""
     for path in (followed.fields["log"], (followed.finish or {}).get("log")):
         if path is not None and os.path.exists(path):
-            return open(path, "rb")  # noqa: SIM115 - followed until its run ends
+            return open(path, "rb")  # stays open until its run ends
     return None
 
 
@@ -233,10 +233,13 @@ def work(follower: Follower, commands: "queue.Queue[Command | None]", parent: in
 
     A process that the parent forked may hold the socket's other end open after the parent was killed: hence both.
     """
-    while os.getppid() == parent:
+    while True:
+        is_orphan = os.getppid() != parent
         try:
             command = commands.get(timeout=_POLL_S)
         except queue.Empty:
+            if is_orphan:
+                break
             follower.advance()
             continue
         if command is None:

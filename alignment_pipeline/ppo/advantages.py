@@ -1,6 +1,6 @@
 """Rewards a token, generalized advantage estimation, and whitening, as pure functions of tensors.
 
-`B` responses, `T` columns (prompt, response and padding); `mask` is True on response tokens, which are contiguous in a row.
+`B` responses, `T` columns (prompt, response and padding); `mask` is True on response tokens, contiguous in a row.
 """
 
 import torch

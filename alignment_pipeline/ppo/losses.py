@@ -1,6 +1,7 @@
 """PPO's losses as pure functions of tensors.
 
-`B` responses, `T` columns (prompt, response and padding), masks True on response tokens. Masked columns may hold anything.
+`B` responses, `T` columns (prompt, response and padding), masks True on response tokens. Other columns may hold
+anything.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Policy, reference policy and value head on one trunk.
 
-With LoRA the reference is the same trunk with adapters off; with full fine-tuning it is a frozen copy. The value head is
-linear on the trunk's last hidden state and starts at zero.
+With LoRA the reference is the same trunk with adapters off; with full fine-tuning it is a frozen copy. The value head
+is linear on the trunk's last hidden state and starts at zero.
 """
 
 import contextlib

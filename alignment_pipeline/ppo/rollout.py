@@ -50,7 +50,7 @@ def collect(
     token_ids = [response.token_ids for response in responses]
     batch = pack(prompts, token_ids, tokenizer.pad_token_id, policy.device)
     # 2. log-probabilities and values, minibatch by minibatch as the update will compute them
-    rows = torch.arange(len(prompts), device=policy.device).split(config.minibatch_size)
+    rows = torch.split(torch.arange(len(prompts), device=policy.device), config.minibatch_size)
     old_logprobs, old_values = policy.evaluate_in_parts(batch, rows, config.temperature)
     with policy.as_reference():
         ref_logprobs, _ = policy.evaluate_in_parts(batch, rows, config.temperature)

@@ -1,8 +1,8 @@
 """`*_evaluation`: one policy measured on test prompts that no stage trained on.
 
-Each prompt gets one response. BLEU is corpus BLEU of the responses against the dataset's answers; the KL from the trunk is
-exact at each token of the response (a sum over the vocabulary, temperature 1), added up over the response. With sampling
-at temperature 1 its mean is an unbiased estimate of KL(policy ‖ trunk) in nats a response.
+Each prompt gets one response. BLEU is corpus BLEU of the responses against the dataset's answers; the KL from the trunk
+is exact at each token of the response (a sum over the vocabulary, temperature 1), added up over the response. With
+sampling at temperature 1 its mean is an unbiased estimate of KL(policy ‖ trunk) in nats a response.
 """
 
 import random
@@ -19,7 +19,6 @@ from alignment_pipeline.models import load_policy, load_scorer, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import score_responses
 from alignment_pipeline.sequences import (
-    Response,
     TokenIds,
     by_length,
     encode,

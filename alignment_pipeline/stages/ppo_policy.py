@@ -1,8 +1,11 @@
 """`ppo_policy`: the trunk trained by proximal policy optimization against the reward model.
 
-TRL has no PPO since 1.13, so the loop is ours: rollout → rewards → advantages → clipped updates (arXiv 1707.06347, with
-the details of arXiv 2403.17031). Departures: 1. one trunk serves as policy, reference (adapters off) and value model;
-2. old log-probabilities come from the training forward pass, so that the first ratio is 1; 3. dropout is off throughout.
+TRL has no PPO since 1.13, so the loop is ours: rollout → rewards → advantages → clipped updates (arXiv 1707.06347,
+with the details of arXiv 2403.17031). Departures:
+
+1. One trunk serves as policy, reference (adapters off) and value model.
+2. Old log-probabilities come from the training forward pass, so that the first ratio is 1.
+3. Dropout is off throughout.
 """
 
 import random
@@ -92,7 +95,7 @@ def _update_policy(
     steps: list[dict[str, float]] = []
     for _ in range(config.ppo_epochs):
         order = torch.randperm(config.rollout_batch_size, generator=generator)
-        for rows in order.split(config.minibatch_size):
+        for rows in torch.split(order, config.minibatch_size):
             steps.append(_minibatch_step(policy, optimizer, rollout, rows.to(policy.device), config))
     return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 

@@ -1,4 +1,4 @@
-"""`preference_labels`: pairs of responses with the preferred one named, by a rule, by the reference, or by the dataset."""
+"""`preference_labels`: pairs of responses with the preferred one named, by a rule, a reference, or the dataset."""
 
 import itertools
 from collections import Counter, defaultdict
