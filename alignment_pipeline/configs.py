@@ -78,6 +78,12 @@ class BaseModelConfig(StageConfig):
     pretrain_batch_size: int = Field(32, ge=1, description="Blocks a pretraining step.")
     pretrain_block_tokens: int = Field(64, ge=8, description="Tokens a pretraining block.")
     pretrain_learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of pretraining, AdamW.")
+    document_copies: int = Field(
+        2,
+        ge=1,
+        le=4,
+        description="Times each pretraining document stands in a row; with 2 a small model soon learns to copy.",
+    )
 
 
 class FormattingConfig(StageConfig):

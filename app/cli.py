@@ -3,6 +3,7 @@
 Heavy imports happen inside commands, so that `align --help` and mistakes answer at once.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -125,6 +126,7 @@ def dev(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=
 def main() -> None:
     """Entry point: a user's mistake is one message and a non-zero exit, never a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
+    atexit.register(_silence_exit)
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:
@@ -141,6 +143,11 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _silence_exit() -> None:
+    """DuckDB's binding reports objects that outlive the interpreter; nothing of ours is printed that late."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -67,6 +67,8 @@ def execute_run(
     _close_tracking(console, home)
     if not success:
         runs.finish(run_id, "failed")
+        if not live.errors:
+            console.print("Error: a defect of ours, not yours; the log has its traceback.", style="red")
         for asset, error in live.errors.items():
             console.print(f"Error in {asset}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         console.print(f"Log: {log}", style="dim", highlight=False, soft_wrap=True)

@@ -33,6 +33,7 @@ from resources.tracking import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "dagster", "duckdb")
 _TRACKED_STAGES = frozenset({"base_model", "sft_model", "reward_model", "dpo_policy", "ppo_policy", "evaluation"})
+_TRACKING_FOLDER_WAIT_S = 2.0  # the first run of a process opens once wandb is imported
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -105,7 +106,7 @@ class Compute:
 
     def tracking_folder(self, node: StageNode, outcome: Outcome) -> Path | None:
         """Folder of the W&B run that belongs to an artifact, if there is one."""
-        return self.tracking.run_directory(_tracking_id(node, outcome.ref.key))
+        return self.tracking.run_directory(_tracking_id(node, outcome.ref.key), _TRACKING_FOLDER_WAIT_S)
 
     def _find_or_compute(self, request: Request) -> Outcome:
         node = request.node
