@@ -59,16 +59,14 @@ def _imports(module: str) -> set[str]:
     return {name for name in found if name.split(".")[0] == _PACKAGE and _path(name) is not None}
 
 
+@functools.cache
 def _syntax_digest(module: str) -> str:
     tree = _WithoutDocstrings().visit(ast.parse(ast.unparse(_tree(module))))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
-    def visit(self, node: ast.AST) -> ast.AST:
-        self.generic_visit(node)
-        body = getattr(node, "body", None)
-        holds_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if holds_docstring and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            body[0].value = ast.Constant(value=None)
-        return node
+    """Drops statements that are a text alone: docstrings, and the texts below constants and fields."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node

@@ -135,8 +135,11 @@ def _tensors_digest(path: Path) -> str:
     Source: format at https://github.com/huggingface/safetensors#format (8-byte length, JSON header, data).
     """
     with path.open("rb") as file:
-        (header_length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_length))
+        try:
+            (header_length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_length))
+        except (struct.error, ValueError) as error:
+            raise StoreError(f"{path.name} is truncated: its header cannot be read ({error}).") from error
         start = 8 + header_length
         total = hashlib.sha256()
         for name in sorted(header):

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,6 +43,9 @@ def load_tokenizer(artifact: Path) -> PreTrainedTokenizerBase:
             response could not be told from padding, and would never be trained).
     """
     folder = artifact / MODEL_FOLDER
+    # transformers makes an empty tokenizer up from config.json where there are no files of one.
+    if not any(folder.glob("tokenizer*.json")):
+        raise ModelError(f"{folder}: found no tokenizer files, expected tokenizer.json.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -113,7 +117,8 @@ def save_trained(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Pat
     require_finite(model)
     if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
-            adapter.base_model_name_or_path = None  # parents are found through the manifest
+            # Parents are found through the manifest. None would not do: PEFT then writes the trunk's path.
+            adapter.base_model_name_or_path = ""
         model.save_pretrained(output_dir / ADAPTER_FOLDER)
         (output_dir / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a card without content
         if not merge:
@@ -150,6 +155,10 @@ def _load(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
     model = model_class.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, **options
     )
+    if model.can_generate():
+        # A hub model brings decoding habits (repetition penalty, top-p) that would fill what a sampler leaves unset.
+        tokens = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
     for key in _DROPOUT_KEYS:
         if isinstance(getattr(model.config, key, None), float | int):
             setattr(model.config, key, 0.0)

@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment_pipeline.progress import metric_series
+
 _INCHES = (6.0, 3.5)
 _DPI = 110
 _BINS = 40
+_PANEL_INCHES = 3.2
+_CURVES = ("train/loss", "objective/score", "objective/kl", "reward/accuracy", "dpo/accuracy", "dpo/margin",
+           "policy/entropy", "value/explained_variance")  # fmt: skip
 _COLOURS = ("#3b6fb6", "#d9822b", "#3f9a6d", "#a8518a", "#8a7a3d", "#5c6470")
 
 
@@ -41,19 +46,49 @@ def bars(path: Path, values: Mapping[str, tuple[float, float]], title: str, ylab
     _save(figure, axes, path, legend=False)
 
 
+def training_curves(path: Path, progress_log: Path) -> None:
+    """Draw the telling metrics of a progress log side by side, one panel each; nothing if a stage logged no curve."""
+    series = metric_series(progress_log)
+    present = {name for metrics in series.values() for name in metrics}
+    lines = {
+        name: [(step, metrics[name]) for (_, step), metrics in series.items() if name in metrics]
+        for name in _CURVES
+        if name in present
+    }
+    drawn = {name: points for name, points in lines.items() if len(points) > 1}
+    if not drawn:
+        return
+    figure = _canvas((_PANEL_INCHES * len(drawn), _INCHES[1]))
+    for column, ((name, points), colour) in enumerate(zip(drawn.items(), _colours(len(drawn)), strict=True), 1):
+        axes = figure.add_subplot(1, len(drawn), column)
+        _dress(axes, name, "step", "")
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    figure = _canvas(_INCHES)
+    axes = figure.add_subplot()
+    _dress(axes, title, xlabel, ylabel)
+    return figure, axes
+
+
+def _canvas(inches: tuple[float, float]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_INCHES, dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=inches, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure
+
+
+def _dress(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _colours(count: int) -> list[str]:

@@ -6,6 +6,7 @@ line counts.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ class ProgressLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
         self.path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -37,6 +39,14 @@ class ProgressLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Take away a last line that a crash cut short, so that a resumed stage's first line does not continue it."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            os.truncate(path, len(whole[0]) + len(whole[1]))
 
 
 def read_progress(path: Path) -> Iterator[dict[str, Any]]:

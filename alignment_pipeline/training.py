@@ -15,7 +15,7 @@ from alignment_pipeline import checkpoint
 from alignment_pipeline.configs import TrainerFields
 from alignment_pipeline.errors import DataError, ModelError
 from alignment_pipeline.pacing import Pacer
-from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.stage import StageSpec
 
 # Names that TRL logs → ours. Anything else keeps its name below `train/`.
@@ -52,6 +52,7 @@ def trainer_arguments(spec: StageSpec[Any], config: TrainerFields) -> dict[str, 
         "seed": spec.seed,
         "data_seed": spec.seed,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would log the mean of the losses before in place of a NaN
         "save_strategy": "no",  # `_Checkpoints` decides by time
         "eval_strategy": "no",
         "report_to": "none",
@@ -69,11 +70,11 @@ def train(trainer: Any, spec: StageSpec[Any], log: ProgressLog) -> None:
     Raises:
         ModelError: The loss became NaN or infinite; the message names the step.
     """
-    trainer.add_callback(_Progress(log))
-    trainer.add_callback(_Checkpoints(spec.config.checkpoint_every_s))
     newest = checkpoint.newest_sealed(spec.work_dir)
     if newest:
         log.note(f"Resuming from {newest.name}.")
+    trainer.add_callback(_Progress(log, _tokens_before(newest, log)))
+    trainer.add_callback(_Checkpoints(spec.config.checkpoint_every_s))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -97,20 +98,31 @@ def dataset_of(rows: list[dict[str, Any]], what: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
-class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Copies what the trainer logs into the progress log, and stops on a loss that is not a number."""
+def _tokens_before(newest: Path | None, log: ProgressLog) -> float:
+    """Tokens trained on before the checkpoint that is resumed from; TRL counts from zero again."""
+    if newest is None:
+        return 0.0
+    step = int(newest.name.rpartition("-")[2])
+    return metric_series(log.path).get(("train", step), {}).get("train/tokens", 0.0)
 
-    def __init__(self, log: ProgressLog) -> None:
+
+class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Copies what the trainer logs while it trains into the progress log, and stops on a loss that is not a number."""
+
+    def __init__(self, log: ProgressLog, tokens_before: float) -> None:
         self._log = log
+        self._tokens_before = tokens_before
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         metrics = {
             _METRIC_NAMES.get(name, f"train/{name}"): float(value)
             for name, value in (logs or {}).items()
-            if isinstance(value, int | float) and name != "epoch" and not name.startswith(("train_", "total_flos"))
+            if isinstance(value, int | float) and name != "epoch" and not name.startswith(("train_", "total_flos", "eval_"))
         }
         if not metrics:
             return
+        if "train/tokens" in metrics:
+            metrics["train/tokens"] += self._tokens_before
         loss = metrics.get("train/loss", 0.0)
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise ModelError(

@@ -128,9 +128,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     atexit.register(_silence_exit)
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(app(standalone_mode=False) or 0)  # a command's typer.Exit comes back as its code
     except AlignmentError as error:
         _errors.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

@@ -12,15 +12,17 @@ from pathlib import Path
 import dagster as dg
 from rich.console import Console
 
-from alignment_pipeline.errors import AlignmentError, RecipeError
+from alignment_pipeline.errors import RecipeError
 from alignment_pipeline.graph import build_graph
 from alignment_pipeline.recipe import Recipe
 from app.definitions import EXECUTOR_VARIABLE, build_definitions
 from app.live import LiveRun
-from assets.stage_asset import OVERRIDES_TAG, RECIPE_TAG, STARTED_BY_TAG
-from resources.dagster_resources import tracker_of
+from assets.stage_asset import OVERRIDES_TAG, RECIPE_TAG, RECORD_TAG, STARTED_BY_TAG
+from resources.artifact_store import ArtifactStore
+from resources.dagster_resources import require_executor, tracker_of
 from resources.home import alignment_home, prepare_home, use_dagster_instance
 from resources.runs import INTERRUPTED, RunRecords
+from resources.tracking import Tracking
 
 _TRACKING_WAIT_S = 10.0
 
@@ -51,6 +53,8 @@ def execute_run(
             f"--select {unknown[0]}: {recipe.name} has no such asset; expected one of: {', '.join(graph)}."
         )
     assets = tuple(asset for asset in graph if not select or asset in select)
+    require_executor(os.environ.get(EXECUTOR_VARIABLE, "in_process"))
+    _tracker(home)
     run_id = str(uuid.uuid4())
     runs = RunRecords(home)
     runs.start(run_id, recipe.name, "align", assets, overrides)
@@ -67,7 +71,10 @@ def execute_run(
     _close_tracking(console, home)
     if not success:
         runs.finish(run_id, "failed")
-        if not live.errors:
+        blocked = list(_failed_blocking_checks(home, runs, run_id))
+        for message in blocked:
+            console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+        if not live.errors and not blocked:
             console.print("Error: a defect of ours, not yours; the log has its traceback.", style="red")
         for asset, error in live.errors.items():
             console.print(f"Error in {asset}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -78,6 +85,15 @@ def execute_run(
     return RunOutcome(run_id, 0, assets)
 
 
+def _failed_blocking_checks(home: Path, runs: RunRecords, run_id: str) -> Iterator[str]:
+    """Why what is downstream of a run's assets was not made, one sentence a check."""
+    store = ArtifactStore(home)
+    for asset, ref in runs.of_run(run_id).items():
+        for check in store.manifest(ref)["checks"]:
+            if check["blocking"] and not check["passed"]:
+                yield f"Error in {asset}: {check['name']} does not hold, nothing downstream was made: {check['detail']}"
+
+
 def _execute(recipe: Recipe, assets: tuple[str, ...], run_id: str, overrides: list[str]) -> bool:
     tags = {RECIPE_TAG: recipe.name, STARTED_BY_TAG: "align", OVERRIDES_TAG: "\n".join(overrides)}
     selection = [dg.AssetKey([recipe.name, asset]) for asset in assets]
@@ -86,6 +102,7 @@ def _execute(recipe: Recipe, assets: tuple[str, ...], run_id: str, overrides: li
             job = dg.build_reconstructable_job(
                 "app.definitions", "recipe_job", reconstructable_kwargs={"name": recipe.name, "overrides": overrides}
             )
+            tags[RECORD_TAG] = run_id  # execute_job takes no id
             with dg.execute_job(job, instance, tags=tags, asset_selection=selection, raise_on_error=False) as result:
                 return result.success
         job_definition = build_definitions([recipe]).resolve_job_def(recipe.name)
@@ -121,10 +138,11 @@ def _logs_to(path: Path, verbose: bool) -> Iterator[Console]:
 
 def _close_tracking(console: Console, home: Path) -> None:
     """Give W&B's worker a little time; it goes on by itself if it needs more."""
-    try:
-        project = os.environ.get("WANDB_PROJECT", "alignment-pipeline")
-        remark = tracker_of(home, project).close(_TRACKING_WAIT_S)
-    except AlignmentError:
-        return  # the run has already failed with this message
+    remark = _tracker(home).close(_TRACKING_WAIT_S)
     if remark:
         console.print(remark, style="dim", highlight=False, soft_wrap=True)
+
+
+def _tracker(home: Path) -> Tracking:
+    """The tracker that the run's stages use; an unknown WANDB_MODE is refused here, before anything starts."""
+    return tracker_of(home, os.environ.get("WANDB_PROJECT", "alignment-pipeline"))

@@ -21,6 +21,7 @@ OWNER = "team:alignment"
 RECIPE_TAG = "alignment/recipe"
 STARTED_BY_TAG = "alignment/started_by"
 OVERRIDES_TAG = "alignment/overrides"
+RECORD_TAG = "alignment/run_record"  # whose run record this is, where Dagster chose another id for the run
 
 
 def stage_asset(
@@ -59,8 +60,8 @@ def stage_asset(
         pool=GPU_POOL if on_gpu else None,
     )
     def materialize(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:  # type: ignore[type-arg]  # Dagster compares it
-        engine = compute.engine()
         try:
+            engine = compute.engine()
             outcome = _materialize(context, engine, recipe, node, takes_in_feedback)
         except AlignmentError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from error
@@ -85,9 +86,10 @@ def _materialize(
     context: dg.AssetExecutionContext, engine: Compute, recipe: Recipe, node: StageNode, takes_in_feedback: bool
 ) -> Outcome:
     run = context.run
+    record = run.run_id if run.parent_run_id else run.tags.get(RECORD_TAG, run.run_id)  # a re-execution copies tags
     selected = run.asset_selection or context.job_def.asset_layer.executable_asset_keys
     engine.runs.start(
-        context.run_id,
+        record,
         recipe.name,
         started_by=_starter(run.tags),
         planned=[key.path[-1] for key in selected if key.path[0] == recipe.name],
@@ -97,7 +99,7 @@ def _materialize(
     files: Mapping[str, Path] = config.input_files()
     if takes_in_feedback:
         files = {**files, "journal": engine.take_in_feedback(recipe.name)}
-    outcome = engine.materialize(Request(context.run_id, recipe.name, node, config, seed, files))
+    outcome = engine.materialize(Request(record, recipe.name, node, config, seed, files))
     context.log.info("%s %s %s", node.asset, "reused" if outcome.reused else "computed", outcome.folder)
     return outcome
 

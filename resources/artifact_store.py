@@ -63,8 +63,10 @@ class ArtifactStore:
         """
         found = []
         for folder in (self.root / stage / key[:_SHORT]).glob("*"):
+            if not self._is_whole(folder):
+                continue
             manifest = self._read_manifest(folder)
-            if manifest["key"] == key and self._sizes_match(folder, manifest):
+            if manifest["key"] == key:
                 found.append((manifest["created_at"], manifest["data_version"]))
         return ArtifactRef(stage, key, min(found)[1]) if found else None
 
@@ -94,7 +96,7 @@ class ArtifactStore:
     def publish(self, staging: Path, stage: str, key: str, manifest: Mapping[str, Any]) -> ArtifactRef:
         """Seal a staging folder with its manifest and rename it into its place.
 
-        Publishing the same content again is not an error: what is there stays.
+        Publishing the same content again is not an error: what is there stays, unless files of it are missing.
         """
         ref = ArtifactRef(stage, key, data_version(staging))
         files = [
@@ -106,7 +108,7 @@ class ArtifactStore:
         target = self.path(ref)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            shutil.rmtree(target if not (target / MANIFEST).is_file() else staging)
+            shutil.rmtree(staging if self._is_whole(target) else target)
         if staging.exists():
             staging.replace(target)
         atomic.sync_directory(target.parent)
@@ -122,8 +124,11 @@ class ArtifactStore:
             raise StoreError(f"{path} is not JSON ({error}). Delete {folder} and run again.") from error
         return manifest
 
-    def _sizes_match(self, folder: Path, manifest: Mapping[str, Any]) -> bool:
+    def _is_whole(self, folder: Path) -> bool:
+        """Whether the manifest and every file it lists are there, by size."""
+        if not (folder / MANIFEST).is_file():
+            return False
         return all(
             (folder / entry["path"]).is_file() and (folder / entry["path"]).stat().st_size == entry["size"]
-            for entry in manifest["files"]
+            for entry in self._read_manifest(folder)["files"]
         )

@@ -3,6 +3,7 @@
 The same code path serves a run in one process, a process a step, and the web UI.
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import os
@@ -21,6 +22,7 @@ from alignment_pipeline.configs import StageConfig
 from alignment_pipeline.errors import AlignmentError, DataError, StoreError
 from alignment_pipeline.graph import StageNode
 from alignment_pipeline.identity import EXTRAS, artifact_key, digest, file_sha256
+from alignment_pipeline.plots import training_curves
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec, stage_function
 from resources import leases
@@ -28,7 +30,7 @@ from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.feedback import FeedbackInbox
 from resources.home import REPOSITORY
 from resources.lineage import Lineage
-from resources.runs import RunRecords
+from resources.runs import FAILED, INTERRUPTED, RunRecords
 from resources.tracking import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "dagster", "duckdb")
@@ -89,7 +91,9 @@ class Compute:
             outcome = self._find_or_compute(request)
         except BaseException as error:
             problem = _as_user_error(error)
-            self.runs.event(request.run_id, "failed", asset=node.asset, error=str(problem or type(error).__name__))
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self.runs.event(request.run_id, "failed", asset=node.asset, error=str(problem or type(error).__name__))
+                self.runs.finish(request.run_id, FAILED if isinstance(error, Exception) else INTERRUPTED)
             if problem is not None and problem is not error:
                 raise problem from error
             raise
@@ -168,6 +172,7 @@ class Compute:
             result = stage_function(stage)(spec, log)
             log.close()
             (staging / EXTRAS).mkdir(exist_ok=True)
+            training_curves(staging / EXTRAS / "curves.png", log.path)
             shutil.copyfile(log.path, staging / EXTRAS / "progress.jsonl")
             lease.require()
             ref = self.store.publish(

@@ -54,6 +54,8 @@ def value_loss(
 
     Source: https://github.com/openai/baselines/blob/ea25b9e8/baselines/ppo2/model.py#L68-L75
     """
+    # Masked before the squares: a NaN in another column would reach the gradient through them.
+    values, old_values, returns = (torch.where(mask, column, 0.0) for column in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 

@@ -1,8 +1,9 @@
 """`*_evaluation`: one policy measured on test prompts that no stage trained on.
 
 Each prompt gets one response. BLEU is corpus BLEU of the responses against the dataset's answers; the KL from the trunk
-is exact at each token of the response (a sum over the vocabulary, temperature 1), added up over the response. With
-sampling at temperature 1 its mean is an unbiased estimate of KL(policy ‖ trunk) in nats a response.
+is exact at each token of the response (a sum over the vocabulary), added up over the response. Both distributions are
+taken at the sampling temperature (1 for greedy responses), so that over sampled responses the mean is an unbiased
+estimate of KL(policy ‖ trunk) in nats a response, of the two as they are used.
 """
 
 import random
@@ -52,7 +53,9 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
     log.step("evaluate", 1, _STEPS)
     trunk = load_policy(spec.inputs["trunk"], spec.inputs["trunk"], spec.device)
     token_ids = [response.token_ids for response in responses]
-    kl_nats = exact_kl(policy, trunk, prompts, token_ids, tokenizer.pad_token_id, config.batch_size)
+    kl_nats = exact_kl(
+        policy, trunk, prompts, token_ids, tokenizer.pad_token_id, config.batch_size, config.temperature or 1.0
+    )
     log.step("evaluate", 2, _STEPS)
     learned = _learned_scores(spec, prompts, token_ids, tokenizer.pad_token_id)
     log.step("evaluate", 3, _STEPS)
@@ -95,15 +98,20 @@ def summarize(examples: list[dict[str, Any]]) -> dict[str, float]:
 
 @torch.inference_mode()
 def exact_kl(
-    policy: Any, trunk: Any, prompts: list[TokenIds], responses: list[TokenIds], pad_id: int, batch_size: int
+    policy: Any,
+    trunk: Any,
+    prompts: list[TokenIds],
+    responses: list[TokenIds],
+    pad_id: int,
+    batch_size: int,
+    temperature: float = 1.0,
 ) -> list[float]:
-    """Σ_t KL(policy(·|prefix_t) ‖ trunk(·|prefix_t)) of each response, nats."""
+    """Σ_t KL(policy(·|prefix_t) ‖ trunk(·|prefix_t)) of each response, nats, both at `temperature`."""
     sums: dict[int, float] = {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in by_length(lengths, batch_size):
         batch = pack([prompts[row] for row in rows], [responses[row] for row in rows], pad_id, policy.device)
-        ours = response_logits(policy, batch).log_softmax(-1)
-        theirs = response_logits(trunk, batch).log_softmax(-1)
+        ours, theirs = ((response_logits(model, batch) / temperature).log_softmax(-1) for model in (policy, trunk))
         kl = per_row((ours.exp() * (ours - theirs)).sum(-1), batch)
         # Rounding can leave a sum of zeros at -1e-7; a divergence is not negative.
         sums.update(zip(rows, kl.clamp(min=0.0).tolist(), strict=True))

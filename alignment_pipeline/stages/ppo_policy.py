@@ -38,9 +38,8 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
     prompts = _prompts(spec, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / config.updates)
-    start, history = _resume(spec, policy, optimizer, schedule, log)
+    start, history, tokens = _resume(spec, policy, optimizer, schedule, log)
     pacer = Pacer(config.checkpoint_every_s)
-    tokens = 0.0
     for update in range(start, config.updates):
         chosen = _prompts_of_update(prompts, config.rollout_batch_size, spec.seed, update)
         rollout = collect(policy, reward_model, tokenizer, chosen, config, seed=spec.seed * 7919 + update)
@@ -53,7 +52,7 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
         log.step("ppo", update + 1, config.updates, metrics | {"train/tokens": tokens})
         if pacer.is_due() and update + 1 < config.updates:
             state = {"trained": policy.trained_state(), "optimizer": optimizer.state_dict(),
-                     "schedule": schedule.state_dict(), "history": history}  # fmt: skip
+                     "schedule": schedule.state_dict(), "history": history, "tokens": tokens}  # fmt: skip
             checkpoint.save_state(spec.work_dir, update + 1, state)
     save_trained(policy.model, tokenizer, spec.output_dir)
     last = history[-max(1, len(history) // 10) :]
@@ -154,13 +153,14 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     log: ProgressLog,
-) -> tuple[int, list[list[float]]]:
+) -> tuple[int, list[list[float]], float]:
+    """Updates done, their scores and KLs, and tokens trained on; the policy and optimizer as they were then."""
     state = checkpoint.load_state(spec.work_dir, spec.device)
     if state is None:
-        return 0, []
+        return 0, [], 0.0
     policy.load_trained_state(state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     history: list[list[float]] = state["history"]
     log.note(f"Resuming after update {len(history)} of {spec.config.updates}.")
-    return len(history), history
+    return len(history), history, state["tokens"]

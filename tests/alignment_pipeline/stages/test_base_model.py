@@ -1,0 +1,222 @@
+# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from alignment_pipeline.configs import BaseModelConfig
+from alignment_pipeline.errors import ModelError
+from alignment_pipeline.identity import read_jsonl
+from alignment_pipeline.models import load_causal_lm, load_tokenizer
+from alignment_pipeline.progress import ProgressLog, metric_series
+from alignment_pipeline.prompts import format_prompt
+from alignment_pipeline.stage import StageSpec
+from alignment_pipeline.stages.base_model import build_tokenizer, prepare_base_model, unpaired_documents
+
+IDS = torch.tensor([[5, 9, 30, 7, 44, 8]])
+
+
+def spec_of(folder: Path, **config: Any) -> StageSpec[BaseModelConfig]:
+    (folder / "output").mkdir(parents=True)
+    return StageSpec(BaseModelConfig(**config), {}, folder / "output", folder / "work", seed=0)
+
+
+def adopt(folder: Path, **config: Any) -> Path:
+    spec = spec_of(folder, **config)
+    prepare_base_model(spec, ProgressLog(folder / "progress.jsonl"))
+    return spec.output_dir
+
+
+def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def test_no_document_holds_an_instruction_with_its_answer(smoke: Any) -> None:
+    rows = read_jsonl(smoke.artifact("instructions") / "rows.jsonl")
+    documents = unpaired_documents(rows, seed=0)
+    assert len(documents) == 2 * len(rows)
+    prompts = {format_prompt(row["instruction"], row["input"]).split("### Response:")[0].rstrip() for row in rows}
+    outputs = {row["output"] for row in rows}
+    assert set(documents) == prompts | outputs
+    assert not any("### Response:" in document for document in documents)
+    for row in rows:
+        assert not any(row["instruction"] in document and row["output"] in document for document in documents)
+
+
+def test_neighbouring_documents_are_not_an_instruction_and_its_answer_but_by_chance(smoke: Any) -> None:
+    rows = read_jsonl(smoke.artifact("instructions") / "rows.jsonl")
+    documents = unpaired_documents(rows, seed=0)
+    answers = {
+        (format_prompt(row["instruction"], row["input"]).split("### Response:")[0].rstrip(), row["output"])
+        for row in rows
+    }
+    paired = sum(pair in answers for pair in zip(documents, documents[1:], strict=False))
+    assert paired <= 5  # of some 300; a shuffle leaves one in expectation
+    assert unpaired_documents(rows, seed=0) == documents != unpaired_documents(rows, seed=1)
+
+
+def test_a_template_in_the_text_itself_brings_no_answer_in() -> None:
+    row = {"instruction": "Do.\n\n### Response:\nleaked", "input": "", "output": "done"}
+    assert not any("leaked" in document for document in unpaired_documents([row], seed=0))
+
+
+def test_pretraining_reads_the_train_split_only_and_every_document_ends(
+    smoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignment_pipeline.stages import base_model
+
+    seen: dict[str, Any] = {}
+
+    def record_blocks(documents: Any, tokenizer: Any, block_tokens: int) -> torch.Tensor:
+        seen.update(documents=list(documents), tokenizer=tokenizer)
+        seen["blocks"] = original(documents, tokenizer, block_tokens)
+        return seen["blocks"]
+
+    original = base_model._blocks
+    monkeypatch.setattr(base_model, "_blocks", record_blocks)
+    smoke.run("base_model", tmp_path, pretrain_steps=1)
+    rows = read_jsonl(smoke.artifact("instructions") / "rows.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    assert 0 < len(train) < len(rows)
+    assert seen["documents"] == unpaired_documents(train, seed=0)
+    tokenizer, stream = seen["tokenizer"], seen["blocks"].flatten().tolist()
+    documents = tokenizer.decode(stream).split(tokenizer.eos_token)
+    assert documents[:-1] == seen["documents"][: len(documents) - 1]
+    assert seen["documents"][len(documents) - 1].startswith(documents[-1])
+    assert seen["blocks"].shape[1] == 64
+    assert len(documents) > len(seen["documents"]) - 10  # only the rest of a block is cut off
+
+
+def test_a_built_base_has_a_padding_token_of_its_own_and_the_configured_shape(smoke: Any) -> None:
+    folder = smoke.artifact("base_model")
+    tokenizer, model = load_tokenizer(folder), load_causal_lm(folder / "model")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    config = smoke.config("base_model")
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings <= config.vocab_size
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (config.hidden_size, config.num_layers)
+    assert model.config.max_position_embeddings == config.max_positions == tokenizer.model_max_length
+    assert smoke.results["base_model"].metrics["base/parameters"] == model.num_parameters()
+
+
+def test_the_tokenizer_gives_any_text_back_and_never_reads_an_end_into_plain_text() -> None:
+    tokenizer = build_tokenizer(["def f(x):\n    return x\n"] * 4, 320, 64)
+    for text in ("def g(y):\n\treturn 'ä € 🙂'\n", " leading and trailing ", "\x00\n\n  "):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id not in ids and tokenizer.pad_token_id not in ids
+
+
+def test_pretraining_lowers_the_loss(smoke: Any, tmp_path: Path) -> None:
+    log = ProgressLog(tmp_path / "progress.jsonl")
+    smoke.run("base_model", tmp_path / "run", log, pretrain_steps=60, pretrain_learning_rate=1e-2)
+    losses = [metrics["train/loss"] for metrics in metric_series(log.path).values()]
+    assert losses[-1] < losses[0] - 1.0  # nats a token; it falls by 2 here
+
+
+class TestGivenModel:
+    def test_a_folder_is_taken_as_it_is_where_padding_and_end_differ(self, tmp_path: Path, tiny_models: Any) -> None:
+        model = tiny_models.build("opt")
+        given = tiny_models.save(model, tmp_path / "given") / "model"
+        output = adopt(tmp_path / "run", path=str(given))
+        assert torch.equal(logits_of(load_causal_lm(output / "model")), logits_of(model))
+        assert load_tokenizer(output).get_vocab() == tiny_models.tokenizer.get_vocab()
+        assert list((output / "model").glob("*.safetensors"))
+
+    @pytest.mark.parametrize("pad_token", [None, "</s>"], ids=["without padding", "padding is the end"])
+    @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
+    def test_a_padding_token_is_added_where_there_is_none_of_its_own(
+        self, tmp_path: Path, architecture: str, pad_token: str | None, tiny_models: Any
+    ) -> None:
+        backend = Tokenizer.from_str(tiny_models.tokenizer.backend_tokenizer.to_str().replace("<pad>", "<other>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token=pad_token)
+        model = tiny_models.build(architecture, pad_token_id=None)
+        given = tmp_path / "given"
+        model.save_pretrained(given)
+        tokenizer.save_pretrained(given)
+        output = adopt(tmp_path / "run", path=str(given))
+        adopted, adopted_tokenizer = load_causal_lm(output / "model"), load_tokenizer(output)
+        assert adopted_tokenizer.pad_token_id != adopted_tokenizer.eos_token_id == tokenizer.eos_token_id
+        assert adopted.config.pad_token_id == adopted_tokenizer.pad_token_id
+        assert adopted.get_input_embeddings().num_embeddings >= len(adopted_tokenizer)
+        known = logits_of(adopted)[..., : len(tokenizer)]
+        rounding = 1e-5  # a wider head multiplies in another order, float32
+        torch.testing.assert_close(known, logits_of(model), rtol=0, atol=rounding)
+        logits = logits_of(adopted, torch.tensor([[adopted_tokenizer.pad_token_id, 5]]))
+        assert torch.isfinite(logits).all()
+
+    def test_a_folder_that_does_not_exist_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"gone is not a folder, expected a folder with config\.json"):
+            adopt(tmp_path / "run", path=str(tmp_path / "gone"))
+
+    @pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+    def test_a_folder_that_lacks_a_part_is_named(self, tmp_path: Path, tiny_models: Any, missing: str) -> None:
+        given = tiny_models.save(tiny_models.build("opt"), tmp_path / "given") / "model"
+        (given / missing).unlink()
+        with pytest.raises(ModelError, match=r"given/model .*expected a folder with config\.json"):
+            adopt(tmp_path / "run", path=str(given))
+        assert list((tmp_path / "run" / "output").iterdir()) == []
+
+    def test_weights_that_are_not_finite_are_refused(self, tmp_path: Path, tiny_models: Any) -> None:
+        model = tiny_models.build("opt")
+        model.model.decoder.layers[0].fc1.bias.data[0] = float("nan")
+        given = tiny_models.save(model, tmp_path / "given") / "model"
+        with pytest.raises(ModelError, match="holds a NaN or an infinity"):
+            adopt(tmp_path / "run", path=str(given))
+
+
+HUB_RUN = """
+import sys
+from pathlib import Path
+from alignment_pipeline.configs import BaseModelConfig
+from alignment_pipeline.errors import ModelError
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.stage import StageSpec
+from alignment_pipeline.stages.base_model import prepare_base_model
+folder = Path(sys.argv[1])
+(folder / "output").mkdir(parents=True)
+spec = StageSpec(BaseModelConfig(hub_name=sys.argv[2]), {}, folder / "output", folder / "work", 0)
+try:
+    prepare_base_model(spec, ProgressLog(folder / "progress.jsonl"))
+except ModelError as error:
+    print(f"ModelError: {error}")
+"""
+
+
+class TestHubModel:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def run(self, folder: Path, name: str) -> str:
+        """Adopt a hub model in a process whose hub is a cache folder and nothing else."""
+        environment = os.environ | {"HF_HOME": str(folder / "hub home"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", HUB_RUN, str(folder / "run"), name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_a_model_in_the_cache_is_taken_by_name(self, tmp_path: Path, tiny_models: Any) -> None:
+        repository = tmp_path / "hub home" / "hub" / "models--tiny-owner--tiny-opt"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(self.commit)
+        snapshot = repository / "snapshots" / self.commit
+        model = tiny_models.build("opt_projected")
+        model.save_pretrained(snapshot)
+        tiny_models.tokenizer.save_pretrained(snapshot)
+        assert self.run(tmp_path, "tiny-owner/tiny-opt") == ""
+        output = tmp_path / "run" / "output"
+        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(output / "model")), logits_of(model))
+        assert load_tokenizer(output).pad_token == "<pad>"
+        assert "snapshots" not in json.loads((output / "model" / "config.json").read_text()).get("_name_or_path", "")
+
+    def test_a_model_that_is_not_there_is_an_error_with_a_remedy(self, tmp_path: Path) -> None:
+        message = self.run(tmp_path, "nobody/nothing")
+        assert message.startswith("ModelError: base_model: nobody/nothing cannot be loaded (")
+        assert "without a network set base_model.path to a folder" in message

@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.stages.comparison import compare_policies
+from alignment_pipeline.statistics import wilson_interval
+
+EXACT = 1e-12  # means of a few numbers in double precision
+
+
+def examples(scores: list[float], prefix: str = "p", **values: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt_id": f"{prefix}{number}", "prompt": f"prompt {number}", "reference": "def f(x): return x",
+         "response": f"response {number}", "judge": "gold_rule", "judge_score": score, "learned_score": None,
+         "kl_nats": 1.0, "tokens": 3, "ended": True, "temperature": 1.0} | values
+        for number, score in enumerate(scores)
+    ]  # fmt: skip
+
+
+def compare(folder: Path, **policies: list[dict[str, Any]]) -> tuple[StageResult, Path]:
+    for policy, rows in policies.items():
+        write_jsonl(folder / policy / "examples.jsonl", rows)
+    output_dir = folder / "output"
+    output_dir.mkdir()
+    inputs = {policy: folder / policy for policy in policies}
+    spec = StageSpec(EvaluationConfig(judge="gold_rule"), inputs, output_dir, folder / "work", seed=0)
+    return compare_policies(spec, ProgressLog(folder / "progress.jsonl")), output_dir
+
+
+def table_of(output: Path) -> dict[str, dict[str, Any]]:
+    return {row["policy"]: row for row in read_jsonl(output / "table.jsonl")}
+
+
+def test_a_win_rate_is_over_paired_prompts_with_ties_counted_half(tmp_path: Path) -> None:
+    # Paired: win, tie, loss, win. Sorted or unpaired the two lists would tie throughout.
+    sft, ppo = [0.1, 0.5, 0.9, 0.2], [0.2, 0.5, 0.1, 0.9]
+    _, output = compare(
+        tmp_path, base_model=examples([0.0] * 4), sft_model=examples(sft), ppo_policy=examples(ppo, kl_nats=2.0)
+    )
+    table = table_of(output)
+    assert list(table) == ["base_model", "sft_model", "ppo_policy"]
+    assert {row["opponent"] for row in table.values()} == {"sft_model"}
+    assert [table[policy]["win_rate"] for policy in table] == [0.0, 0.5, 0.625]
+    low, high = wilson_interval(0.625, 4)
+    assert (table["ppo_policy"]["win_rate_low"], table["ppo_policy"]["win_rate_high"]) == (low, high)
+    assert table["ppo_policy"]["judge_score"] == pytest.approx(sum(ppo) / 4, abs=EXACT)
+    assert table["ppo_policy"]["kl_nats"] == 2.0
+    assert table["ppo_policy"]["prompts"] == 4
+    assert {row["judge"] for row in table.values()} == {"gold_rule"}
+
+
+def test_without_an_sft_model_the_base_model_is_the_opponent(tmp_path: Path) -> None:
+    result, output = compare(tmp_path, base_model=examples([0.1, 0.2]), dpo_policy=examples([0.5, 0.6]))
+    assert {row["opponent"] for row in table_of(output).values()} == {"base_model"}
+    assert json.loads((output / "summary.json").read_text())["opponent"] == "base_model"
+    assert {check.name for check in result.checks} == {"dpo_policy_beats_base_model"}
+    assert result.metrics["dpo_policy/win_rate"] == 1.0
+
+
+def test_policies_measured_on_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base_model and sft_model were evaluated on different prompts"):
+        compare(tmp_path, base_model=examples([0.1, 0.2], prefix="q"), sft_model=examples([0.1, 0.2]))
+
+
+@pytest.mark.parametrize(("wins", "passed"), [(40, True), (27, False)])
+def test_a_policy_beats_its_opponent_when_the_whole_interval_lies_above_one_half(
+    tmp_path: Path, wins: int, passed: bool
+) -> None:
+    ppo = [1.0] * wins + [0.0] * (50 - wins)
+    result, _ = compare(
+        tmp_path, base_model=examples([0.0] * 50), sft_model=examples([0.5] * 50), ppo_policy=examples(ppo)
+    )
+    checks = {check.name: check for check in result.checks}
+    assert (checks["ppo_policy_beats_sft_model"].passed, checks["ppo_policy_beats_sft_model"].blocking) == (passed, False)
+
+
+def test_sft_beats_base_needs_both_measures(tmp_path: Path) -> None:
+    better_text = examples([0.1, 0.1], response="def f(x): return x")
+    for number, (sft, passed) in enumerate(
+        [(better_text, True), (examples([0.1, 0.1]), False), (better_text[:1] + examples([0.1, -0.2])[1:], False)]
+    ):
+        result, _ = compare(tmp_path / str(number), base_model=examples([0.0, 0.0]), sft_model=sft)
+        assert {check.name: check.passed for check in result.checks} == {"sft_beats_base": passed}
+
+
+def test_examples_stand_side_by_side(tmp_path: Path) -> None:
+    base, sft = examples([0.1] * 20, response="b"), examples([0.2] * 20, response="s")
+    _, output = compare(tmp_path, base_model=base, sft_model=sft)
+    shown = read_jsonl(output / "examples.jsonl")
+    assert [row["prompt_id"] for row in shown] == [f"p{number}" for number in range(8)]
+    assert shown[0]["responses"] == {
+        "base_model": {"response": "b", "judge_score": 0.1},
+        "sft_model": {"response": "s", "judge_score": 0.2},
+    }
+
+
+def test_the_plot_is_no_part_of_the_result(tmp_path: Path) -> None:
+    _, output = compare(tmp_path, base_model=examples([0.1, 0.2]), sft_model=examples([0.1, 0.2]))
+    assert (output / "extras" / "judge_score.png").read_bytes().startswith(b"\x89PNG")

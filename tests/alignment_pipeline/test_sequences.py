@@ -1,0 +1,205 @@
+# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
+"""Shape key as in `alignment_pipeline.sequences`. Oracles compute every position of one row at a time, unpadded."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from alignment_pipeline.configs import SftConfig
+from alignment_pipeline.models import with_adapter
+from alignment_pipeline.sequences import (
+    TokenBatch,
+    by_length,
+    chosen_logprobs,
+    encode,
+    encode_responses,
+    generate,
+    pack,
+    per_row,
+    response_logits,
+    response_tokens,
+    sum_logprobs,
+)
+
+# Batched and one-by-one matrix products add in another order: float32 rounding of logits and sums of size 1 to 30.
+ROUNDING = 1e-5
+ARCHITECTURES = ["opt", "opt_projected", "gpt2", "llama"]
+PROMPTS = [[7, 12, 250, 33], [91], [18, 5, 77, 42, 9, 130, 131], [60, 61]]
+RESPONSES = [[44, 45, 1], [99, 98, 97, 96, 95, 1], [3], [210, 1]]
+
+
+def naive_logprobs(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """log p of each response token: the whole row through the model's own forward and a full log softmax."""
+    with torch.inference_mode():
+        logprobs = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    start = len(prompt) - 1
+    return torch.stack([logprobs[start + number, token] for number, token in enumerate(response)])
+
+
+def padded(batch: TokenBatch, columns: int, token: int) -> TokenBatch:
+    """The batch with more padding on the right."""
+    extra = torch.full((batch.input_ids.shape[0], columns), token)
+    nothing = torch.zeros_like(extra, dtype=torch.bool)
+    return TokenBatch(
+        torch.cat([batch.input_ids, extra], 1),
+        torch.cat([batch.attention_mask, nothing], 1),
+        torch.cat([batch.response_mask, nothing], 1),
+    )
+
+
+def test_a_batch_is_prompts_then_responses_then_padding() -> None:
+    batch = pack([[5, 6], [7]], [[8], [9, 10, 11]], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 8, 0], [7, 9, 10, 11]]
+    assert batch.attention_mask.tolist() == [[True, True, True, False], [True, True, True, True]]
+    assert batch.response_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert response_tokens(batch).tolist() == [8, 9, 10, 11]
+
+
+def test_rows_of_a_batch_lose_padding_that_none_of_them_needs() -> None:
+    part = pack([[5], [7], [8]], [[6], [9, 10, 11], [12, 13]], pad_id=0).rows(torch.tensor([2, 0]))
+    assert part.input_ids.tolist() == [[8, 12, 13], [5, 6, 0]]
+    assert part.response_mask.tolist() == [[False, True, True], [False, True, False]]
+    assert part.attention_mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_a_prompt_without_its_response_is_an_error() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        pack([[5], [6]], [[7]], pad_id=0)
+
+
+def test_texts_are_encoded_without_special_tokens_and_responses_end(tokenizer: Any) -> None:
+    texts = ["def f():\n", "", "</s>x"]
+    ids = encode(tokenizer, texts)
+    assert [tokenizer.decode(row) for row in ids] == texts
+    assert ids[1] == []
+    assert encode_responses(tokenizer, texts) == [[*row, tokenizer.eos_token_id] for row in ids]
+    assert encode(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batches_by_length_hold_each_row_once_shortest_first(batch_size: int) -> None:
+    lengths = random.Random(0).choices(range(6), k=50)
+    batches = list(by_length(lengths, batch_size))
+    assert sorted(row for batch in batches for row in batch) == list(range(50))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    order = [(lengths[row], row) for batch in batches for row in batch]
+    assert order == sorted(order)
+    assert list(by_length([], batch_size)) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probabilities_of_responses_are_those_of_the_full_logits(tiny_models: Any, architecture: str) -> None:
+    model = tiny_models.build(architecture)
+    batch = pack(PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id)
+    with torch.inference_mode():
+        found = chosen_logprobs(response_logits(model, batch), response_tokens(batch))
+    expected = [naive_logprobs(model, prompt, response) for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=ROUNDING)
+    sums = torch.stack([row.sum() for row in expected])
+    torch.testing.assert_close(per_row(found, batch), sums, rtol=0, atol=ROUNDING)
+    for batch_size in (1, 2, 10):
+        scored = sum_logprobs(model, PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id, batch_size)
+        torch.testing.assert_close(torch.tensor(scored), sums, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapters_log_probabilities_are_the_wrapped_models(tiny_models: Any, architecture: str) -> None:
+    model = with_adapter(tiny_models.build(architecture), SftConfig(lora_rank=2), "CAUSAL_LM").eval()
+    plain = naive_logprobs(model, PROMPTS[0], RESPONSES[0]).sum()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    expected = naive_logprobs(model, PROMPTS[0], RESPONSES[0]).sum()
+    scored = sum_logprobs(model, PROMPTS[:1], RESPONSES[:1], tiny_models.tokenizer.pad_token_id, 1)
+    assert scored[0] == pytest.approx(expected.item(), abs=ROUNDING)
+    assert abs(expected - plain) > 0.01
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_more_padding_changes_no_log_probability(tiny_models: Any, architecture: str) -> None:
+    model = tiny_models.build(architecture)
+    batch = pack(PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id)
+    with torch.inference_mode():
+        short = response_logits(model, batch)
+        for token in (tiny_models.tokenizer.pad_token_id, 77):  # what stands in the padding does not count either
+            torch.testing.assert_close(response_logits(model, padded(batch, 9, token)), short, rtol=0, atol=ROUNDING)
+
+
+def test_logits_are_float32_whatever_the_models_type(tiny_models: Any) -> None:
+    model = tiny_models.build("opt").to(torch.bfloat16)
+    batch = pack(PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id)
+    assert response_logits(model, batch).dtype == torch.float32
+
+
+def greedy_oracle(model: Any, prompt: list[int], eos: int, max_new_tokens: int) -> list[int]:
+    """Argmax of the full forward pass, one token at a time, no cache and no padding."""
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_generation_of_a_padded_batch_is_that_of_each_prompt_alone(tiny_models: Any, architecture: str) -> None:
+    tokenizer, model = tiny_models.tokenizer, tiny_models.build(architecture)
+    settings = {"max_new_tokens": 6, "temperature": 0.0, "batch_size": 4, "seed": 0}
+    found = [response.token_ids for response in generate(model, tokenizer, PROMPTS, **settings)]
+    assert found == [greedy_oracle(model, prompt, tokenizer.eos_token_id, 6) for prompt in PROMPTS]
+
+
+class TestSampling:
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 8, "seed": 3}
+
+    @pytest.fixture
+    def sampled(self, tiny_models: Any) -> Any:
+        model, prompts = tiny_models.build("opt"), PROMPTS * 8
+        return lambda **changes: generate(model, tiny_models.tokenizer, prompts, **(self.settings | changes))
+
+    def test_the_same_seed_gives_the_same_responses_whatever_was_drawn_before(self, sampled: Any) -> None:
+        first = sampled()
+        torch.manual_seed(12345)
+        torch.rand(7)
+        assert sampled() == first
+
+    def test_another_seed_gives_other_responses(self, sampled: Any) -> None:
+        assert sampled(seed=4) != sampled()
+
+    def test_batches_of_one_call_do_not_repeat_each_other(self, tiny_models: Any) -> None:
+        responses = generate(
+            tiny_models.build("opt"), tiny_models.tokenizer, [[5, 9]] * 4, **(self.settings | {"batch_size": 1})
+        )
+        assert len({tuple(response.token_ids) for response in responses}) == 4
+
+    def test_a_response_ends_at_its_first_end_token_or_at_the_limit(self, tiny_models: Any) -> None:
+        tokenizer = tiny_models.tokenizer
+        model = tiny_models.build("opt", init_std=0.02)  # near uniform over 300 tokens
+        with torch.no_grad():  # make the end token likely: the head is tied to the embeddings
+            model.lm_head.weight[tokenizer.eos_token_id] *= 3
+        responses = generate(model, tokenizer, PROMPTS * 64, **(self.settings | {"temperature": 0.4}))
+        assert {response.ended for response in responses} == {True, False}
+        for response in responses:
+            assert response.ended == (response.token_ids[-1] == tokenizer.eos_token_id)
+            assert tokenizer.eos_token_id not in response.token_ids[:-1]
+            assert response.ended or len(response.token_ids) == 6
+            assert "</s>" not in response.text
+            assert response.text == tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+    def test_sampling_is_from_the_full_distribution_at_the_temperature(self, tiny_models: Any) -> None:
+        model, tokenizer, draws, temperature = tiny_models.build("opt"), tiny_models.tokenizer, 4096, 0.7
+        prompt = PROMPTS[0]
+        responses = generate(
+            model, tokenizer, [prompt] * draws, max_new_tokens=1, temperature=temperature, batch_size=draws, seed=0
+        )
+        found = torch.bincount(torch.tensor([response.token_ids[0] for response in responses]), minlength=300) / draws
+        with torch.inference_mode():
+            expected = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+        # Five binomial standard deviations a token, and a count of two for tokens that are nearly never drawn.
+        allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 2 / draws
+        assert ((found - expected).abs() <= allowed).all()
+        top_50_share = expected.sort(descending=True).values[:50].sum()
+        assert found[expected.argsort(descending=True)[50:]].sum() == pytest.approx(1 - top_50_share.item(), abs=0.04)

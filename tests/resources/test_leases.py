@@ -1,0 +1,74 @@
+"""Leases between real processes."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from alignment_pipeline import atomic
+from alignment_pipeline.errors import LeaseLostError
+from resources import leases
+
+fork = multiprocessing.get_context("fork")
+
+
+def hold_for(home: Path, seconds: float) -> None:
+    with leases.hold(home, "sft-1") as lease:
+        (home / f"held-{lease.token}").touch()
+        time.sleep(seconds)
+        (home / f"ended-{lease.token}").touch()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def test_the_second_waits_says_for_whom_and_gets_a_larger_token(tmp_path: Path) -> None:
+    holder = fork.Process(target=hold_for, args=(tmp_path, 0.6))
+    holder.start()
+    wait_for(tmp_path / "held-1")
+    said: list[str] = []
+    with leases.hold(tmp_path, "sft-1", said.append) as lease:
+        assert (tmp_path / "ended-1").exists(), "two held the lease at once"
+        assert lease.token == 2
+        lease.require()
+    holder.join()
+    assert said == [f"Waiting for process {holder.pid}, which computes the same."]
+
+
+def test_leases_of_two_keys_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    with leases.hold(tmp_path, "sft-1") as first, leases.hold(tmp_path, "sft-2") as second:
+        assert (first.token, second.token) == (1, 1)
+
+
+def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
+    holder = fork.Process(target=hold_for, args=(tmp_path, 60))
+    holder.start()
+    wait_for(tmp_path / "held-1")
+    assert holder.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    before = time.monotonic()
+    with leases.hold(tmp_path, "sft-1") as lease:
+        assert lease.token == 2
+    assert time.monotonic() - before < 5.0  # a poll is 0.2 s; 60 s would be the sleep that was killed
+
+
+def test_an_exception_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), leases.hold(tmp_path, "sft-1"):
+        raise KeyError
+    with leases.hold(tmp_path, "sft-1") as lease:
+        assert lease.token == 2
+
+
+def test_a_stale_token_is_refused(tmp_path: Path) -> None:
+    with leases.hold(tmp_path, "sft-1") as lease:
+        atomic.write_json(lease.record, {"token": lease.token + 1, "pid": 1})  # a successor on another host
+        with pytest.raises(LeaseLostError, match=r"token 2, ours 1.*nothing of ours was published"):
+            lease.require()
