@@ -117,7 +117,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         metrics = {
             _METRIC_NAMES.get(name, f"train/{name}"): float(value)
             for name, value in (logs or {}).items()
-            if isinstance(value, int | float) and name != "epoch" and not name.startswith(("train_", "total_flos", "eval_"))
+            if isinstance(value, int | float)
+            and name != "epoch"
+            and not name.startswith(("train_", "total_flos", "eval_"))
         }
         if not metrics:
             return

@@ -1,6 +1,7 @@
 """A conversation of single turns with a policy of the store."""
 
 import sys
+import warnings
 
 from rich.console import Console
 
@@ -39,7 +40,9 @@ def chat_with(
     from alignment_pipeline.sequences import encode, generate
 
     tokenizer = load_tokenizer(store.verify(trunk))
-    model = load_policy(store.verify(current[policy]), store.verify(trunk))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
+        model = load_policy(store.verify(current[policy]), store.verify(trunk))
     console.print(f"{policy} of {recipe.name} ({trunk_asset(recipe)} is its trunk). An empty line ends.", style="dim")
     turn = 0
     while instruction := _read_line():

@@ -117,9 +117,12 @@ def dev(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=
     use_dagster_instance(home)
     all_recipes()
     _require_free(port)
-    command = [os.path.join(os.path.dirname(sys.executable), "dg"), "dev", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "dg"), "dev", "--workspace", str(REPOSITORY / "workspace.yaml"),
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
     _console.print(f"Opening http://127.0.0.1:{port} (Ctrl-C ends it)", highlight=False)
-    os.chdir(REPOSITORY)
+    os.chdir(home)  # in the checkout Dagster would warn of the dagster.yaml that the home has a copy of
     os.execv(command[0], command)
 
 

@@ -87,7 +87,7 @@ class LiveRun:
         self._console = console
         self._events = _Tail(events)
         self._assets = {asset: _AssetState() for asset in assets}
-        self._live = Live(console=console, refresh_per_second=8, transient=False) if console.is_terminal else None
+        self._live = _live(console) if console.is_terminal else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="live-display", daemon=True)
         self.errors: dict[str, str] = {}
@@ -159,6 +159,11 @@ class LiveRun:
         for asset, state in self._assets.items():
             table.add_row(_MARKS[state.status], asset, *_cells(state))
         return Group(table)
+
+
+def _live(console: Console) -> Live:
+    # Standard output and error are files while a run goes on; Rich must not fetch them back to the terminal.
+    return Live(console=console, refresh_per_second=8, redirect_stdout=False, redirect_stderr=False)
 
 
 _MARKS = {

@@ -64,7 +64,10 @@ def execute_run(
     try:
         with _logs_to(log, verbose) as terminal, LiveRun(terminal, runs.events_path(run_id), list(assets)) as live:
             success = _execute(recipe, assets, run_id, overrides)
+        interrupted = runs.read(run_id)["status"] == INTERRUPTED  # Dagster reports it as a failed step
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
+        interrupted = True
+    if interrupted:
         runs.finish(run_id, INTERRUPTED)
         console.print("Stopped. Run the same command again: it goes on from the last checkpoint.")
         return RunOutcome(run_id, 130, assets)
@@ -95,7 +98,9 @@ def _failed_blocking_checks(home: Path, runs: RunRecords, run_id: str) -> Iterat
 
 
 def _execute(recipe: Recipe, assets: tuple[str, ...], run_id: str, overrides: list[str]) -> bool:
-    tags = {RECIPE_TAG: recipe.name, STARTED_BY_TAG: "align", OVERRIDES_TAG: "\n".join(overrides)}
+    tags = {RECIPE_TAG: recipe.name, STARTED_BY_TAG: "align"}
+    if overrides:
+        tags[OVERRIDES_TAG] = "\n".join(overrides)
     selection = [dg.AssetKey([recipe.name, asset]) for asset in assets]
     with dg.DagsterInstance.get() as instance:
         if os.environ.get(EXECUTOR_VARIABLE, "in_process") == "multiprocess":

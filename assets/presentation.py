@@ -13,6 +13,8 @@ from resources.compute import Outcome
 
 _CELL_CHARS = 160
 _ROWS = 5
+_FIRST_COLUMNS = ("policy", "judge_score", "win_rate", "win_rate_low", "win_rate_high", "bleu", "kl_nats", "instruction",
+                  "input", "output", "prompt", "chosen", "rejected", "response", "completion", "reason")  # fmt: skip
 
 
 def asset_metadata(outcome: Outcome, tables: Sequence[str], wandb_run: Path | None) -> dict[str, dg.MetadataValue[Any]]:
@@ -40,7 +42,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; long cells are cut, numbers shortened."""
     if not rows:
         return "(no rows)"
-    columns = list(rows[0])
+    columns = sorted(rows[0], key=lambda name: _FIRST_COLUMNS.index(name) if name in _FIRST_COLUMNS else 99)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)

@@ -7,9 +7,7 @@ from pydantic import ValidationError
 from alignment_pipeline import configs
 from alignment_pipeline.configs import BaseModelConfig, DataConfig, PpoConfig, SftConfig, StageConfig
 
-SECTIONS = [
-    section for _, section in inspect.getmembers(configs, inspect.isclass) if issubclass(section, StageConfig)
-]
+SECTIONS = [section for _, section in inspect.getmembers(configs, inspect.isclass) if issubclass(section, StageConfig)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

@@ -80,7 +80,11 @@ def _reorder_json_keys(folder: Path) -> None:
 
 
 def _add_incidental_config_keys(folder: Path) -> None:
-    incidental = {"_name_or_path": "/tmp/x", "transformers_version": "9", "nested": CONFIG["nested"] | {"revision": "r"}}
+    incidental = {
+        "_name_or_path": "/tmp/x",
+        "transformers_version": "9",
+        "nested": CONFIG["nested"] | {"revision": "r"},
+    }
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG | incidental))
 
 

@@ -65,7 +65,9 @@ def test_a_saved_model_is_loaded_as_it_was(trunk: Path, tmp_path: Path, tiny_mod
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pad_token": None}, {"pad_token": "</s>"}, {"eos_token": None}], ids=["no pad", "pad is eos", "no eos"]
+    "settings",
+    [{"pad_token": None}, {"pad_token": "</s>"}, {"eos_token": None}],
+    ids=["no pad", "pad is eos", "no eos"],
 )
 def test_a_tokenizer_whose_end_cannot_be_told_from_padding_is_refused(trunk: Path, settings: dict[str, Any]) -> None:
     edit_json(trunk / "model" / "tokenizer_config.json", **settings)

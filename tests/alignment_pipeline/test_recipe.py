@@ -42,7 +42,10 @@ def test_every_recipe_that_is_shipped_loads(path: Path) -> None:
         (["data=null"], ["data: found None (nothing), expected a valid dictionary"]),
         (["sft.lora_targets=[1]"], ["sft.lora_targets", "found 1 (an integer), expected a valid string"]),
         (["labelling={}"], ["labelling.method: missing, expected a value for this key"]),
-        (["evaluation.judge=gpt4"], ["evaluation.judge: found 'gpt4' (text), expected 'gold_rule' or 'reference_chrf'"]),
+        (
+            ["evaluation.judge=gpt4"],
+            ["evaluation.judge: found 'gpt4' (text), expected 'gold_rule' or 'reference_chrf'"],
+        ),
         (["seed=-1"], ["seed: found -1 (an integer), expected greater than or equal to 0"]),
         (["name=Smoke"], ["name: found 'Smoke', expected lower-case letters, digits and _"]),
     ],

@@ -152,13 +152,14 @@ def test_greedy_generation_of_a_padded_batch_is_that_of_each_prompt_alone(tiny_m
     assert found == [greedy_oracle(model, prompt, tokenizer.eos_token_id, 6) for prompt in PROMPTS]
 
 
-class TestSampling:
-    settings = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 8, "seed": 3}
+SAMPLING = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 8, "seed": 3}
 
+
+class TestSampling:
     @pytest.fixture
     def sampled(self, tiny_models: Any) -> Any:
         model, prompts = tiny_models.build("opt"), PROMPTS * 8
-        return lambda **changes: generate(model, tiny_models.tokenizer, prompts, **(self.settings | changes))
+        return lambda **changes: generate(model, tiny_models.tokenizer, prompts, **(SAMPLING | changes))
 
     def test_the_same_seed_gives_the_same_responses_whatever_was_drawn_before(self, sampled: Any) -> None:
         first = sampled()
@@ -171,7 +172,7 @@ class TestSampling:
 
     def test_batches_of_one_call_do_not_repeat_each_other(self, tiny_models: Any) -> None:
         responses = generate(
-            tiny_models.build("opt"), tiny_models.tokenizer, [[5, 9]] * 4, **(self.settings | {"batch_size": 1})
+            tiny_models.build("opt"), tiny_models.tokenizer, [[5, 9]] * 4, **(SAMPLING | {"batch_size": 1})
         )
         assert len({tuple(response.token_ids) for response in responses}) == 4
 
@@ -180,7 +181,7 @@ class TestSampling:
         model = tiny_models.build("opt", init_std=0.02)  # near uniform over 300 tokens
         with torch.no_grad():  # make the end token likely: the head is tied to the embeddings
             model.lm_head.weight[tokenizer.eos_token_id] *= 3
-        responses = generate(model, tokenizer, PROMPTS * 64, **(self.settings | {"temperature": 0.4}))
+        responses = generate(model, tokenizer, PROMPTS * 64, **(SAMPLING | {"temperature": 0.4}))
         assert {response.ended for response in responses} == {True, False}
         for response in responses:
             assert response.ended == (response.token_ids[-1] == tokenizer.eos_token_id)

@@ -201,6 +201,7 @@ def test_a_late_orphan_publishes_nothing(engine: Compute, home: Path, monkeypatc
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EFBIG, "File too large"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

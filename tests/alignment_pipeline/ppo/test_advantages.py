@@ -77,8 +77,7 @@ def test_advantages_are_the_papers_double_sum(gamma: float, gae_lambda: float) -
     for row, columns in enumerate(rows_of(MASK)):
         value_at = {column: values[row, column].item() for column in columns}
         deltas = [
-            rewards[row, column].item() + gamma * value_at.get(column + 1, 0.0) - value_at[column]
-            for column in columns
+            rewards[row, column].item() + gamma * value_at.get(column + 1, 0.0) - value_at[column] for column in columns
         ]
         for start, column in enumerate(columns):
             expected[row, column] = sum(
@@ -91,7 +90,7 @@ def test_advantages_are_the_papers_double_sum(gamma: float, gae_lambda: float) -
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8)])
 def test_advantages_are_the_weighted_mean_of_n_step_advantages(gamma: float, gae_lambda: float) -> None:
-    """Second implementation: (1 - λ) Σ λ^(n-1) A^(n), the rest of the weight on the Monte Carlo one (equation 11-16)."""
+    """Second implementation: (1 - λ) Σ λ^(n-1) A^(n), the rest of the weight on the Monte Carlo one."""
     rewards, values = random_pair(4)
     advantages, _ = gae(rewards, values, MASK, gamma, gae_lambda)
     for row, columns in enumerate(rows_of(MASK)):

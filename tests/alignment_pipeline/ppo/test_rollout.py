@@ -19,8 +19,8 @@ ROUNDING = 1e-5  # batched and one-by-one matrix products add in another order, 
 class Case:
     def __init__(self, folder: Path, tiny_models: Any, **config: Any) -> None:
         self.tokenizer = tiny_models.tokenizer
-        self.config = PpoConfig(**({"lora_rank": 2, "rollout_batch_size": 8, "minibatch_size": 4,
-                                    "max_new_tokens": 24, "kl_coef": 0.3, "missing_eos_penalty": 2.0} | config))  # fmt: skip
+        settings = {"lora_rank": 2, "minibatch_size": 4, "max_new_tokens": 24, "kl_coef": 0.3}
+        self.config = PpoConfig(**(settings | {"missing_eos_penalty": 2.0} | config))
         self.scorer = new_scorer(tiny_models.save(tiny_models.build("opt", seed=1), folder) / "model").eval()
         torch.manual_seed(0)
         self.policy = PolicyWithValue(tiny_models.build("opt"), self.config)

@@ -1,4 +1,5 @@
 # ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
+import itertools
 import json
 import os
 import subprocess
@@ -58,7 +59,7 @@ def test_neighbouring_documents_are_not_an_instruction_and_its_answer_but_by_cha
         (format_prompt(row["instruction"], row["input"]).split("### Response:")[0].rstrip(), row["output"])
         for row in rows
     }
-    paired = sum(pair in answers for pair in zip(documents, documents[1:], strict=False))
+    paired = sum(pair in answers for pair in itertools.pairwise(documents))
     assert paired <= 5  # of some 300; a shuffle leaves one in expectation
     assert unpaired_documents(rows, seed=0) == documents != unpaired_documents(rows, seed=1)
 
@@ -68,31 +69,33 @@ def test_a_template_in_the_text_itself_brings_no_answer_in() -> None:
     assert not any("leaked" in document for document in unpaired_documents([row], seed=0))
 
 
+@pytest.mark.parametrize("copies", [1, 2])
 def test_pretraining_reads_the_train_split_only_and_every_document_ends(
-    smoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int
 ) -> None:
     from alignment_pipeline.stages import base_model
 
     seen: dict[str, Any] = {}
 
-    def record_blocks(documents: Any, tokenizer: Any, block_tokens: int) -> torch.Tensor:
+    def record_blocks(documents: Any, tokenizer: Any, *arguments: Any) -> torch.Tensor:
         seen.update(documents=list(documents), tokenizer=tokenizer)
-        seen["blocks"] = original(documents, tokenizer, block_tokens)
+        seen["blocks"] = original(documents, tokenizer, *arguments)
         return seen["blocks"]
 
     original = base_model._blocks
     monkeypatch.setattr(base_model, "_blocks", record_blocks)
-    smoke.run("base_model", tmp_path, pretrain_steps=1)
+    smoke.run("base_model", tmp_path, pretrain_steps=1, document_copies=copies)
     rows = read_jsonl(smoke.artifact("instructions") / "rows.jsonl")
     train = [row for row in rows if row["split"] == "train"]
     assert 0 < len(train) < len(rows)
     assert seen["documents"] == unpaired_documents(train, seed=0)
     tokenizer, stream = seen["tokenizer"], seen["blocks"].flatten().tolist()
+    expected = [document for document in seen["documents"] for _ in range(copies)]
     documents = tokenizer.decode(stream).split(tokenizer.eos_token)
-    assert documents[:-1] == seen["documents"][: len(documents) - 1]
-    assert seen["documents"][len(documents) - 1].startswith(documents[-1])
+    assert documents[:-1] == expected[: len(documents) - 1]
+    assert expected[len(documents) - 1].startswith(documents[-1])
     assert seen["blocks"].shape[1] == 64
-    assert len(documents) > len(seen["documents"]) - 10  # only the rest of a block is cut off
+    assert len(documents) > len(expected) - 10  # only the rest of a block is cut off
 
 
 def test_a_built_base_has_a_padding_token_of_its_own_and_the_configured_shape(smoke: Any) -> None:

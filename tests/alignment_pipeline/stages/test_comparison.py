@@ -77,7 +77,10 @@ def test_a_policy_beats_its_opponent_when_the_whole_interval_lies_above_one_half
         tmp_path, base_model=examples([0.0] * 50), sft_model=examples([0.5] * 50), ppo_policy=examples(ppo)
     )
     checks = {check.name: check for check in result.checks}
-    assert (checks["ppo_policy_beats_sft_model"].passed, checks["ppo_policy_beats_sft_model"].blocking) == (passed, False)
+    assert (checks["ppo_policy_beats_sft_model"].passed, checks["ppo_policy_beats_sft_model"].blocking) == (
+        passed,
+        False,
+    )
 
 
 def test_sft_beats_base_needs_both_measures(tmp_path: Path) -> None:

@@ -35,9 +35,7 @@ def test_the_kl_is_the_sum_over_the_vocabulary_at_each_token_of_the_response(
     policy, trunk = tiny_models.build(architecture, seed=0), tiny_models.build(architecture, seed=1)
     expected = [naive_kl(policy, trunk, *pair, temperature) for pair in zip(PROMPTS, RESPONSES, strict=True)]
     for batch_size in (1, 3):
-        found = exact_kl(
-            policy, trunk, PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id, batch_size, temperature
-        )
+        found = exact_kl(policy, trunk, PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id, batch_size, temperature)
         assert found == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
     assert min(expected) > 0.1
 

@@ -17,7 +17,9 @@ from alignment_pipeline.sequences import encode, encode_responses
 def test_the_published_scorer_has_the_reported_accuracy(smoke: Any) -> None:
     artifact, trunk = smoke.artifact("reward_model"), smoke.artifact("sft_model")
     metrics = smoke.results["reward_model"].metrics
-    pairs = {split: read_jsonl(smoke.artifact("preference_pairs") / f"{split}.jsonl") for split in ("train", "validation")}
+    pairs = {
+        split: read_jsonl(smoke.artifact("preference_pairs") / f"{split}.jsonl") for split in ("train", "validation")
+    }
     tokenizer, scorer = load_tokenizer(trunk), load_scorer(artifact, trunk)
     prompts = encode(tokenizer, [pair["prompt"] for pair in pairs["validation"]])
     scores = [
