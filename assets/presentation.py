@@ -13,8 +13,8 @@ from resources.compute import Outcome
 
 _CELL_CHARS = 160
 _ROWS = 5
-_FIRST_COLUMNS = ("policy", "judge_score", "win_rate", "win_rate_low", "win_rate_high", "bleu", "kl_nats", "instruction",
-                  "input", "output", "prompt", "chosen", "rejected", "response", "completion", "reason")  # fmt: skip
+_FIRST_COLUMNS = ("policy", "judge_score", "win_rate", "win_rate_low", "win_rate_high", "bleu", "kl_nats",
+                  "instruction", "input", "output", "prompt", "chosen", "rejected", "response", "completion", "reason")  # fmt: skip
 
 
 def asset_metadata(outcome: Outcome, tables: Sequence[str], wandb_run: Path | None) -> dict[str, dg.MetadataValue[Any]]:
