@@ -119,6 +119,8 @@ def save_trained(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Pat
         for adapter in model.peft_config.values():
             # Parents are found through the manifest. None would not do: PEFT then writes the trunk's path.
             adapter.base_model_name_or_path = ""
+            if isinstance(adapter.target_modules, set):  # its order is another one in each process
+                adapter.target_modules = sorted(adapter.target_modules)
         model.save_pretrained(output_dir / ADAPTER_FOLDER)
         (output_dir / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a card without content
         if not merge:

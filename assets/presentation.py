@@ -13,11 +13,29 @@ from resources.compute import Outcome
 
 _CELL_CHARS = 160
 _ROWS = 5
-_FIRST_COLUMNS = ("policy", "judge_score", "win_rate", "win_rate_low", "win_rate_high", "bleu", "kl_nats",
-                  "instruction", "input", "output", "prompt", "chosen", "rejected", "response", "completion", "reason")  # fmt: skip
+_FIRST_COLUMNS = (
+    "policy",
+    "judge_score",
+    "win_rate",
+    "win_rate_low",
+    "win_rate_high",
+    "bleu",
+    "kl_nats",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "chosen",
+    "rejected",
+    "response",
+    "completion",
+    "reason",
+)
 
 
-def asset_metadata(outcome: Outcome, tables: Sequence[str], wandb_run: Path | None) -> dict[str, dg.MetadataValue[Any]]:
+def asset_metadata(
+    outcome: Outcome, tables: Sequence[str], wandb_run: str | Path | None
+) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata of a materialization; keys of metrics are the metrics' own names."""
     manifest = outcome.manifest
     metadata: dict[str, dg.MetadataValue[Any]] = {
@@ -33,8 +51,10 @@ def asset_metadata(outcome: Outcome, tables: Sequence[str], wandb_run: Path | No
     for name in tables:
         path = outcome.folder / name
         metadata[name] = dg.MetadataValue.md(markdown_table(read_jsonl(path)[:_ROWS]) if path.is_file() else "(none)")
-    if wandb_run is not None:
+    if isinstance(wandb_run, Path):
         metadata["W&B run (offline)"] = dg.MetadataValue.path(str(wandb_run))
+    elif wandb_run:
+        metadata["W&B run"] = dg.MetadataValue.url(wandb_run)
     return metadata
 
 

@@ -67,7 +67,7 @@ def stage_asset(
             raise dg.Failure(description=str(error), allow_retries=False) from error
         return dg.MaterializeResult(
             data_version=dg.DataVersion(outcome.ref.data_version),
-            metadata=asset_metadata(outcome, tables, engine.tracking_folder(node, outcome)),
+            metadata=asset_metadata(outcome, tables, engine.tracking_link(node, outcome)),
             check_results=[
                 dg.AssetCheckResult(
                     check_name=check["name"],

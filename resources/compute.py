@@ -108,9 +108,9 @@ class Compute:
         """Take in a recipe's waiting votes; returns the journal of all of them."""
         return FeedbackInbox(self.home, recipe).take_in()
 
-    def tracking_folder(self, node: StageNode, outcome: Outcome) -> Path | None:
-        """Folder of the W&B run that belongs to an artifact, if there is one."""
-        return self.tracking.run_directory(_tracking_id(node, outcome.ref.key), _TRACKING_FOLDER_WAIT_S)
+    def tracking_link(self, node: StageNode, outcome: Outcome) -> str | Path | None:
+        """Address, or local folder, of the W&B run that belongs to an artifact, if there is one."""
+        return self.tracking.link(_tracking_id(node, outcome.ref.key), _TRACKING_FOLDER_WAIT_S)
 
     def _find_or_compute(self, request: Request) -> Outcome:
         node = request.node

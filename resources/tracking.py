@@ -19,6 +19,8 @@ from typing import Any
 from alignment_pipeline.errors import AlignmentError
 
 MODES = ("offline", "online", "disabled")
+URL_FILE = "url.txt"
+"""Holds the address of an online run, in its local folder."""
 DEFAULT_PROJECT = "alignment-pipeline"
 
 _SEND_TIMEOUT_S = 1.0
@@ -141,6 +143,13 @@ class Tracking:
             if found or worker is None or worker.poll() is not None or time.monotonic() >= deadline:
                 return max(found)[1] if found else None
             time.sleep(0.05)
+
+    def link(self, run_id: str, timeout_s: float = 0.0) -> str | Path | None:
+        """Where people find a run: its address if it went online, else its local folder; see `run_directory`."""
+        folder = self.run_directory(run_id, timeout_s)
+        if folder is not None and (folder / URL_FILE).exists():
+            return (folder / URL_FILE).read_text(encoding="utf-8")
+        return folder
 
     def close(self, timeout_s: float = 10.0) -> str | None:
         """Let the worker finish, and wait for it within bounds. Runs that nobody finished are marked as failed.

@@ -141,8 +141,10 @@ class Follower:
                 wandb.teardown()
                 self._restart_needed = False
             followed.run = self._init(followed.fields)
+        folder = followed.run.settings.sync_dir
+        if followed.run.url:
+            (Path(folder) / URL_FILE).write_text(followed.run.url, encoding="utf-8")
         if self._mode == "offline":
-            folder = followed.run.settings.sync_dir
             _log.info("%s is kept in %s. To upload it: wandb sync '%s'", followed.fields["run_id"], folder, folder)
         followed.run.define_metric(STEP_METRIC, hidden=True)
 

@@ -127,7 +127,9 @@ def test_a_missing_file_is_named_with_the_remedy_and_recorded(engine: Compute, t
 
 def test_a_stage_without_its_inputs_says_what_to_run(engine: Compute) -> None:
     request = request_for(engine, load_recipe(SMOKE), "formatted_dataset")
-    with pytest.raises(MissingArtifactError, match=r"instructions, base_model of recipe smoke has not .*`align run smoke`"):
+    with pytest.raises(
+        MissingArtifactError, match=r"instructions, base_model of recipe smoke has not .*`align run smoke`"
+    ):
         engine.materialize(request)
 
 

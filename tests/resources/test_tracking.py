@@ -331,3 +331,14 @@ def test_a_worker_that_cannot_start_is_a_warning(
     tracking.finish("sft-0123")
     assert caplog.text.count("training goes on") == 1
     assert tracking.close() is None
+
+
+def test_the_link_of_an_offline_run_is_its_folder_and_of_an_online_one_its_address(tmp_path: Path) -> None:
+    folder = tmp_path / "wandb" / "offline-run-20260101_000000-some"
+    folder.mkdir(parents=True)
+    (folder / "run-some.wandb").touch()
+    tracking = Tracking(tmp_path, mode="offline")
+    assert tracking.link("other") is None
+    assert tracking.link("some") == folder
+    (folder / "url.txt").write_text("https://wandb.example/run/some", encoding="utf-8")
+    assert tracking.link("some") == "https://wandb.example/run/some"
