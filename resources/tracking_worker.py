@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from resources.tracking import URL_FILE
+
 STEP_METRIC = "global_step"
 
 _POLL_S = 0.2

@@ -10,8 +10,9 @@ from alignment_pipeline.reward import batch_scores, length_baseline_accuracy, pa
 from alignment_pipeline.sequences import pack
 
 ROUNDING = 1e-5  # batched and one-by-one matrix products add in another order, float32
-PROMPTS = [[7, 12, 250, 33], [91], [18, 5, 77, 42, 9, 130, 131]]
-RESPONSES = [[44, 45, 1], [99, 98, 97, 96, 95, 1], [3]]
+# Not in the order of their lengths, by which batches are made.
+PROMPTS = [[18, 5, 77, 42, 9, 130, 131], [91], [7, 12, 250, 33]]
+RESPONSES = [[3, 9], [99, 98, 97, 96, 1], [44, 45, 1]]
 
 
 def pairs(*lengths: tuple[int, int]) -> list[dict[str, Any]]:
