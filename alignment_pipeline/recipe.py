@@ -170,8 +170,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {error}") from error
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)  # YAML 1.1 reads 1e-4 as text
     *sections, last = key.split(".")
     place = raw
     for section in sections:
@@ -191,15 +189,6 @@ def _resolve_path(raw: dict[str, Any], folder: Path) -> None:
         values = raw.get(section)
         if isinstance(values, dict) and isinstance(values.get("path"), str):
             values["path"] = str((folder / Path(values["path"]).expanduser()).resolve())
-    _numbers_from_text(raw)
-
-
-def _numbers_from_text(values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _numbers_from_text(value)
-        elif isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-            values[key] = float(value)  # YAML 1.1 reads 1e-4 as text
 
 
 def _kind(value: Any) -> str:

@@ -118,6 +118,9 @@ def _adopt(source: Path | str, revision: str | None, spec: StageSpec[BaseModelCo
     )
     if local and not Path(source).is_dir():
         raise ModelError(f"base_model.path: {source} is not a folder, {remedy}.")
+    if local and not any(Path(source).glob("tokenizer*.json")) and not any(Path(source).glob("vocab.*")):
+        # transformers would make an empty tokenizer up from config.json
+        raise ModelError(f"base_model.path: {source} holds no tokenizer files, {remedy}.")
     options: dict[str, Any] = {"local_files_only": True} if local else {"revision": revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -1,4 +1,3 @@
-# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
 """Small real things for the library's tests: the smoke recipe's artifacts, tiny models, a tokenizer."""
 
 import dataclasses

@@ -1,4 +1,3 @@
-# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
 import json
 import struct
 from collections.abc import Callable

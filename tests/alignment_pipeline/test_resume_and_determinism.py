@@ -1,4 +1,3 @@
-# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
 """Every stage is a function of its spec: computed twice, or killed and resumed, it gives the same data version."""
 
 import dataclasses

@@ -1,4 +1,3 @@
-# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
 """The contract with TRL's private API: these tests say what to mend when a new TRL breaks the adapter."""
 
 import dataclasses

@@ -104,8 +104,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_to_the_same_result(
 ) -> None:  # fmt: skip
     home, whole_home = copy_of_home, tmp_path / "whole"
     shutil.copytree(smoke_home, whole_home, ignore=shutil.ignore_patterns("dagster", "wandb"))
-    command = ["run", "smoke", "--select", "sft_model", "--set", "sft.epochs=50", "--set", "sft.max_steps=200"]
-    every = ["--set", "sft.checkpoint_every_s=0.3"]  # changes no key
+    command = ["run", "smoke", "--select", "sft_model", "--set", "sft.epochs=50", "--set", "sft.max_steps=60"]
+    every = ["--set", "sft.checkpoint_every_s=0.05"]  # changes no key
     align_program = align(home, "--help").args[0]
     process = subprocess.Popen(
         [align_program, *command, *every], env=environment(ALIGNMENT_HOME=str(home), WANDB_MODE="disabled"),

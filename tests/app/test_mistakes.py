@@ -160,8 +160,6 @@ def test_a_file_too_large_for_the_disk(align: Run, home: Path, half_written: Cal
     assert message.startswith("Error in base_model: The disk is full") and "ALIGNMENT_HOME" in message
     assert half_written(home) == []
     assert last_run(home)["assets"].keys() == {"instructions"}
-    again = align(home, "run", "smoke", *LARGE_MODEL)
-    assert again.returncode == 0 and "1 of 2 assets reused" in again.stdout, again.stdout
 
 
 @pytest.fixture

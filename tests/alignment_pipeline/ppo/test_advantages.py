@@ -1,4 +1,3 @@
-# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
 """Shape key as in `alignment_pipeline.ppo.advantages`."""
 
 import pytest

@@ -1,4 +1,3 @@
-# ruff: noqa: TID253  # the library is where torch belongs, and its tests are here
 import itertools
 import json
 import os
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from alignment_pipeline.configs import BaseModelConfig
 from alignment_pipeline.errors import ModelError
@@ -223,3 +222,12 @@ class TestHubModel:
         message = self.run(tmp_path, "nobody/nothing")
         assert message.startswith("ModelError: base_model: nobody/nothing cannot be loaded (")
         assert "without a network set base_model.path to a folder" in message
+
+
+def test_a_given_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    OPTForCausalLM(OPTConfig(vocab_size=32, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=1,
+                             word_embed_proj_dim=8)).save_pretrained(given)  # fmt: skip
+    spec = StageSpec(BaseModelConfig(path=str(given)), {}, tmp_path / "out", tmp_path / "work", 0)
+    with pytest.raises(ModelError, match="holds no tokenizer files"):
+        prepare_base_model(spec, ProgressLog(tmp_path / "progress.jsonl"))
