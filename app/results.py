@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,16 +33,19 @@ def load_results(home: Path, recipe: str, run_id: str | None = None) -> dict[str
         "created_at": store.manifest(ref)["created_at"],
         **summary,
         "policies": read_jsonl(folder / "table.jsonl"),
-        "checks": [check for asset in assets.values() for check in store.manifest(asset)["checks"]],
+        "checks": [
+            {"asset": asset, **check} for asset, made in assets.items() for check in store.manifest(made)["checks"]
+        ],
     }
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
     """The table for people, its footnotes, and the checks that failed."""
     judge, opponent = results["judge_title"], results["opponent"]
-    table = Table(title=f"{results['recipe']}: {results['policies'][0]['prompts']} test prompts, judge: {judge}")
-    table.add_column("policy")
-    for title in ("BLEU", judge, "learned score", "KL (nats)", "tokens", f"win rate v {opponent} [95%]"):
+    prompts = results["policies"][0]["prompts"]
+    table = Table(title=f"{results['recipe']}: {prompts} test prompts, judge: {judge}", box=box.SIMPLE_HEAD)
+    table.add_column("policy", no_wrap=True)
+    for title in ("BLEU", judge, "learned score", "KL, nats", "tokens", "win rate [95%]"):
         table.add_column(title, justify="right")
     for row in results["policies"]:
         learned = row["learned_score"]
@@ -56,9 +60,9 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
             "–" if row["policy"] == opponent else wins,
         )
     console.print(table)
-    console.print(
-        f"KL is from {opponent}, a response; ± and [ ] are 95% intervals; ties count half a win.", style="dim"
-    )
+    note = f"Win rates and KL (a response) are against {opponent}; ± and [ ] are 95% intervals; ties count half a win."
+    console.print(note, style="dim", highlight=False, markup=False)
     for check in results["checks"]:
         if not check["passed"]:
-            console.print(f"Warning: {check['name']} does not hold: {check['detail']}", style="yellow", markup=False)
+            line = f"Warning: {check['asset']}: {check['name']} does not hold. {check['detail']}"
+            console.print(line, style="yellow", markup=False, highlight=False)

@@ -88,7 +88,13 @@ class ArtifactStore:
         return folder
 
     def new_staging(self) -> Path:
-        """An empty folder on the store's own file system, to be published or discarded."""
+        """An empty folder on the store's own file system, to be published or discarded.
+
+        What killed processes left behind is removed on the way.
+        """
+        for left in self.root.glob(".staging-*"):
+            if not _is_alive(int(left.name.split("-")[1])):
+                shutil.rmtree(left, ignore_errors=True)
         staging = self.root / f".staging-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         staging.mkdir(parents=True)
         return staging
@@ -132,3 +138,13 @@ class ArtifactStore:
             (folder / entry["path"]).is_file() and (folder / entry["path"]).stat().st_size == entry["size"]
             for entry in self._read_manifest(folder)["files"]
         )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -97,7 +97,10 @@ class Compute:
             if problem is not None and problem is not error:
                 raise problem from error
             raise
-        self.runs.record_asset(request.run_id, request.recipe, node.asset, outcome.ref, reused=outcome.reused)
+        usable = all(check["passed"] or not check["blocking"] for check in outcome.manifest["checks"])
+        self.runs.record_asset(
+            request.run_id, request.recipe, node.asset, outcome.ref, reused=outcome.reused, usable=usable
+        )
         self.runs.event(
             request.run_id, "finished", asset=node.asset, reused=outcome.reused, reasons=list(outcome.reasons),
             seconds=time.monotonic() - started, metrics=dict(outcome.manifest["metrics"]),

@@ -61,7 +61,8 @@ def _acquire(descriptor: int, record: Path, on_wait: Callable[[str], None]) -> N
             return
         except BlockingIOError:
             if not said:
-                on_wait(f"Waiting for process {_read(record)['pid']}, which computes the same.")
+                pid = _read(record)["pid"]  # none yet where the holder has only just come
+                on_wait(f"Waiting for {f'process {pid}' if pid else 'another process'}, which computes the same.")
                 said = True
             time.sleep(_POLL_S)
 

@@ -48,10 +48,12 @@ class RunRecords:
             record = self.read(run_id)
             atomic.write_json(self._path(run_id), record | {"finished_at": _now(), "status": status})
 
-    def record_asset(self, run_id: str, recipe: str, asset: str, ref: ArtifactRef, *, reused: bool) -> None:
-        """Record what an asset is in this run, and make it the recipe's current one.
+    def record_asset(
+        self, run_id: str, recipe: str, asset: str, ref: ArtifactRef, *, reused: bool, usable: bool = True
+    ) -> None:
+        """Record what an asset is in this run, and make it the recipe's current one if it is `usable`.
 
-        The last planned asset ends the run.
+        What failed a blocking check is not: no later run may read it. The last planned asset ends the run.
         """
         with self._locked():
             record = self.read(run_id)
@@ -59,6 +61,8 @@ class RunRecords:
             if record["assets"].keys() >= set(record["planned"]):
                 record |= {"finished_at": _now(), "status": SUCCESS}
             atomic.write_json(self._path(run_id), record)
+            if not usable:
+                return
             current = self.current(recipe)
             current[asset] = ref
             atomic.write_json(

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,14 @@ def test_a_kill_while_publishing_leaves_nothing_visible(store: ArtifactStore, tm
     assert list(store.root.glob("[!.]*/*/*")) == []
     ref = publish(store)
     assert json.loads((store.path(ref) / "manifest.json").read_text())["key"] == KEY
+
+
+def test_staging_folders_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (store.root / f".staging-{pid}-aaaaaaaa").mkdir(parents=True)
+    store.new_staging()
+    assert not (store.root / f".staging-{dead.pid}-aaaaaaaa").exists()
+    assert (store.root / f".staging-{os.getpid()}-aaaaaaaa").exists()

@@ -101,3 +101,13 @@ def test_eight_processes_lose_nothing(runs: RunRecords, tmp_path: Path) -> None:
     assert runs.of_run("shared").keys() == runs.current("smoke").keys() == expected
     events = [json.loads(line) for line in runs.events_path("shared").read_text().splitlines()]
     assert {event["asset"] for event in events} == expected
+
+
+def test_what_failed_a_blocking_check_is_in_the_run_but_not_current(tmp_path: Path) -> None:
+    runs = RunRecords(tmp_path)
+    runs.start("r1", "smoke", "align", ["instructions"])
+    runs.record_asset("r1", "smoke", "instructions", ROWS, reused=False)
+    runs.start("r2", "smoke", "align", ["instructions"])
+    runs.record_asset("r2", "smoke", "instructions", MODEL, reused=False, usable=False)
+    assert runs.of_run("r2")["instructions"] == MODEL
+    assert runs.current("smoke")["instructions"] == ROWS
