@@ -46,16 +46,18 @@ def bars(path: Path, values: Mapping[str, tuple[float, float]], title: str, ylab
     _save(figure, axes, path, legend=False)
 
 
+def telling_curves(progress_log: Path) -> dict[str, list[tuple[int, float]]]:
+    """The metrics of a progress log that say most, each as (step, value) in order; those logged once are left out."""
+    series = metric_series(progress_log)
+    lines = {
+        name: [(step, metrics[name]) for (_, step), metrics in series.items() if name in metrics] for name in _CURVES
+    }
+    return {name: points for name, points in lines.items() if len(points) > 1}
+
+
 def training_curves(path: Path, progress_log: Path) -> None:
     """Draw the telling metrics of a progress log side by side, one panel each; nothing if a stage logged no curve."""
-    series = metric_series(progress_log)
-    present = {name for metrics in series.values() for name in metrics}
-    lines = {
-        name: [(step, metrics[name]) for (_, step), metrics in series.items() if name in metrics]
-        for name in _CURVES
-        if name in present
-    }
-    drawn = {name: points for name, points in lines.items() if len(points) > 1}
+    drawn = telling_curves(progress_log)
     if not drawn:
         return
     figure = _canvas((_PANEL_INCHES * len(drawn), _INCHES[1]))

@@ -3,16 +3,21 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from alignment_pipeline.identity import EXTRAS, read_jsonl
+from alignment_pipeline.plots import telling_curves
+from alignment_pipeline.statistics import mean
 from resources.compute import Outcome
 
 _CELL_CHARS = 160
 _ROWS = 5
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_SPARKS = 32
 _FIRST_COLUMNS = (
     "policy",
     "judge_score",
@@ -46,6 +51,8 @@ def asset_metadata(
         metadata["computed because"] = dg.MetadataValue.text("; ".join(outcome.reasons))
     metadata["artifact"] = dg.MetadataValue.path(str(outcome.folder))
     metadata["manifest"] = dg.MetadataValue.json(_brief(manifest))
+    if curves := sparklines(outcome.folder / EXTRAS / "progress.jsonl"):
+        metadata["curves at a glance"] = dg.MetadataValue.md(curves)
     for picture in sorted((outcome.folder / EXTRAS).glob("*.png")):
         metadata[picture.stem.replace("_", " ")] = dg.MetadataValue.md(_picture(picture))
     for name in tables:
@@ -56,6 +63,23 @@ def asset_metadata(
     elif wandb_run:
         metadata["W&B run"] = dg.MetadataValue.url(wandb_run)
     return metadata
+
+
+def sparklines(progress_log: Path) -> str:
+    """The telling metrics of a progress log as a table with a line of blocks each, or nothing.
+
+    The web UI shows Markdown of under a thousand characters in place, and pictures only in a dialog.
+    """
+    rows = []
+    for name, points in (telling_curves(progress_log) if progress_log.is_file() else {}).items():
+        values = [value for _, value in points]
+        low, high = min(values), max(values)
+        count = min(_SPARKS, len(values))
+        bounds = [len(values) * number // count for number in range(count + 1)]
+        means = [mean(values[start:end]) for start, end in pairwise(bounds)]
+        blocks = "".join(_BLOCKS[round((value - low) / (high - low or 1) * (len(_BLOCKS) - 1))] for value in means)
+        rows.append({"metric": name, "curve": blocks, "first": values[0], "last": values[-1]})
+    return markdown_table(rows) if rows else ""
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,7 @@
-from assets.presentation import markdown_table
+from pathlib import Path
+
+from alignment_pipeline.progress import ProgressLog
+from assets.presentation import markdown_table, sparklines
 
 
 def cells(table: str, row: int = 0) -> list[str]:
@@ -39,3 +42,23 @@ def test_a_row_with_other_keys_keeps_the_columns_of_the_first() -> None:
 
 def test_no_rows_are_said() -> None:
     assert markdown_table([]) == "(no rows)"
+
+
+def test_curves_are_lines_of_blocks_from_the_lowest_to_the_highest_value(tmp_path: Path) -> None:
+    log = ProgressLog(tmp_path / "progress.jsonl")
+    for step in range(1, 101):
+        log.step("train", step, 100, {"train/loss": 100.0 - step, "train/tokens": step})
+    log.close()
+    shown = sparklines(log.path)
+    row = next(line for line in shown.splitlines() if "train/loss" in line)
+    assert row.startswith("| train/loss | █") and "▁ | 99 | 0 |" in row
+    assert "train/tokens" not in shown
+    assert len(shown) < 1000
+
+
+def test_a_stage_without_a_curve_shows_none(tmp_path: Path) -> None:
+    log = ProgressLog(tmp_path / "progress.jsonl")
+    log.step("train", 1, 1, {"train/loss": 1.0})
+    log.close()
+    assert sparklines(log.path) == ""
+    assert sparklines(tmp_path / "absent.jsonl") == ""
