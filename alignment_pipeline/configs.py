@@ -8,7 +8,7 @@ cannot change a result.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
@@ -20,6 +20,13 @@ class StageConfig(BaseModel):
     """Base of all sections: unknown keys are errors and values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # Python counts True as 1, and YAML reads yes as True
+            raise ValueError(f"found {value} (a boolean), expected a number, text or a list")
+        return value
 
     def keyed_values(self) -> dict[str, Any]:
         """The values that take part in the artifact key."""
@@ -84,6 +91,12 @@ class BaseModelConfig(StageConfig):
         le=4,
         description="Times each pretraining document stands in a row; with 2 a small model soon learns to copy.",
     )
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; a given model leaves out what only a built one uses."""
+        values = super().keyed_values()
+        given = {name: value for name, value in values.items() if name.startswith("hub_")}
+        return given if self.path or self.hub_name else values
 
 
 class FormattingConfig(StageConfig):
@@ -161,6 +174,12 @@ class RewardModelConfig(TrainerFields):
     """Bradley–Terry reward model on the SFT trunk."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate (TRL's default is 1e-4).")
+
+
+class ReferenceLogprobsConfig(StageConfig):
+    """Log-probabilities of the pairs' responses under the trunk, for DPO."""
+
+    batch_size: int = Field(default=32, ge=1, description="Responses scored together.")
 
 
 class DpoConfig(TrainerFields):

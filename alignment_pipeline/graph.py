@@ -49,10 +49,10 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
     add("sampled_responses", "sampling", dataset="formatted_dataset", policy=trunk)
     add("preference_labels", "labelling", samples="sampled_responses", dataset="formatted_dataset")
     add("human_preferences", "feedback", dataset="formatted_dataset")
-    add("preference_pairs", "pairs", labels="preference_labels", human="human_preferences")
+    add("preference_pairs", "pairs", labels="preference_labels", human="human_preferences", tokenizer="base_model")
     add("reward_model", "reward_model", pairs="preference_pairs", trunk=trunk)
     if recipe.dpo:
-        add("reference_logprobs", "formatting", pairs="preference_pairs", trunk=trunk)
+        add("reference_logprobs", "reference_logprobs", pairs="preference_pairs", trunk=trunk)
     add("dpo_policy", "dpo", pairs="preference_pairs", reference_logprobs="reference_logprobs", trunk=trunk)
     add("ppo_policy", "ppo", dataset="formatted_dataset", trunk=trunk, reward_model="reward_model")
     policies = [asset for asset in ("base_model", "sft_model", "ppo_policy", "dpo_policy") if asset in nodes]

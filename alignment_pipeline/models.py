@@ -93,7 +93,13 @@ def with_adapter(model: PreTrainedModel, config: AdapterFields, task_type: str) 
     """The model with a fresh LoRA adapter, or unchanged where the configuration trains all weights."""
     if config.method == "full":
         return model
-    return get_peft_model(model, lora_config(config, task_type))
+    try:
+        return get_peft_model(model, lora_config(config, task_type))
+    except ValueError as error:
+        raise ModelError(
+            f"lora_targets: found {config.lora_targets!r}, expected names of linear modules of this model, "
+            f"or all-linear ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def lora_config(config: AdapterFields, task_type: str) -> LoraConfig:

@@ -5,8 +5,10 @@ A line of a `pairs.jsonl` (or of the union's `train.jsonl` and `validation.jsonl
     {"id": str,              # pair_id(prompt, chosen, rejected)
      "prompt_id": str,       # as in instructions/rows.jsonl; from the prompt's text if it is not there
      "prompt": str,          # in the template, ends with "### Response:\\n"
-     "chosen": str,          # response text WITHOUT the EOS string; trainers append the EOS token
+     "chosen": str,          # response text WITHOUT the EOS string
      "rejected": str,        # the same
+     "chosen_ended": bool,   # whether the response came to its end; trainers append the EOS token only then
+     "rejected_ended": bool, # the same
      "source": "dataset" | "sampled" | "human",
      "labeller": str,        # who preferred: a rule's or judge's name, or a person's
      "chosen_score": float | null,     # null unless a rule scored
@@ -29,6 +31,7 @@ PairSource = Literal["dataset", "sampled", "human"]
 _SOURCES = ("dataset", "sampled", "human")
 _TEXTS = ("id", "prompt_id", "prompt", "chosen", "rejected", "labeller")
 _SCORES = ("chosen_score", "rejected_score")
+_ENDED = ("chosen_ended", "rejected_ended")
 
 
 class PreferencePair(TypedDict):
@@ -39,6 +42,8 @@ class PreferencePair(TypedDict):
     prompt: str
     chosen: str
     rejected: str
+    chosen_ended: bool
+    rejected_ended: bool
     source: PairSource
     labeller: str
     chosen_score: float | None
@@ -60,6 +65,8 @@ def make_pair(
     labeller: str,
     chosen_score: float | None = None,
     rejected_score: float | None = None,
+    chosen_ended: bool = True,
+    rejected_ended: bool = True,
 ) -> PreferencePair:
     """A pair with its identity."""
     return PreferencePair(
@@ -68,6 +75,8 @@ def make_pair(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
+        chosen_ended=chosen_ended,
+        rejected_ended=rejected_ended,
         source=source,
         labeller=labeller,
         chosen_score=chosen_score,
@@ -86,9 +95,10 @@ def read_pairs(path: Path) -> list[PreferencePair]:
     rows = read_jsonl(path)
     for line, row in enumerate(rows, start=1):
         fits = (
-            set(row) == {*_TEXTS, *_SCORES, "source"}
+            set(row) == {*_TEXTS, *_SCORES, *_ENDED, "source"}
             and all(isinstance(row[name], str) for name in _TEXTS)
             and all(row[name] is None or isinstance(row[name], int | float) for name in _SCORES)
+            and all(isinstance(row[name], bool) for name in _ENDED)
             and row["source"] in _SOURCES
             and row["id"] == pair_id(row["prompt"], row["chosen"], row["rejected"])
         )

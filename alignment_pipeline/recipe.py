@@ -35,6 +35,7 @@ class Recipe(BaseModel):
     feedback: configs.FeedbackConfig | None = None
     pairs: configs.PairsConfig | None = None
     reward_model: configs.RewardModelConfig | None = None
+    reference_logprobs: configs.ReferenceLogprobsConfig = Field(default_factory=configs.ReferenceLogprobsConfig)
     dpo: configs.DpoConfig | None = None
     ppo: configs.PpoConfig | None = None
     evaluation: configs.EvaluationConfig
@@ -139,7 +140,7 @@ def explain_validation(source: str, error: ValidationError) -> str:
 def _explain(source: str, problem: Any) -> str:
     location = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "str")))
     if problem["type"] == "value_error":
-        return f"{source}: {problem['ctx']['error']}"
+        return ": ".join(filter(None, (source, location, str(problem["ctx"]["error"]))))
     if problem["type"] == "extra_forbidden":
         return f"{source}: {location}: unknown key{_suggestion(problem['loc'])}"
     if problem["type"] == "missing":

@@ -60,7 +60,8 @@ def read_rows(path: Path) -> list[RawRow]:
     if not data.lstrip().startswith(b"["):
         return parse_jsonl(data)
     try:
-        values = json.loads(data.decode("utf-8"))
+        # A byte that is not UTF-8 becomes a lone surrogate, and its row goes to quarantine.
+        values = json.loads(data.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         if _is_jsonl_after_all(data):
             return parse_jsonl(data)

@@ -72,6 +72,12 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
 
 
+def encode_side(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Any], side: str) -> list[TokenIds]:
+    """Token ids of the `chosen` or `rejected` side of preference pairs; the end token follows what had ended."""
+    encoded = encode_responses(tokenizer, [pair[side] for pair in pairs])
+    return [ids if pair[f"{side}_ended"] else ids[:-1] for ids, pair in zip(encoded, pairs, strict=True)]
+
+
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Batches of row numbers, rows of similar length together, so that little is padded. Order is deterministic."""
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))

@@ -57,7 +57,7 @@ def trainer_arguments(spec: StageSpec[Any], config: TrainerFields) -> dict[str, 
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": on_gpu,
+        "bf16": False,  # float32 everywhere: reference log-probabilities and rollouts are, and the key knows no device
         "use_cpu": not on_gpu,
         "activation_checkpointing": False,
         "dataloader_pin_memory": on_gpu,

@@ -4,7 +4,6 @@
    labelled ones everywhere gives the same loss and gradients and takes less than half the time.
 2. DPOTrainer cannot take rows that are tokenized already, and recomputes reference log-probabilities whenever its
    configuration changes. `TokenizedDPOTrainer` takes both as columns.
-3. RewardTrainer and DPOTrainer log how many tokens they have seen; SFTTrainer too. Nothing is changed there.
 """
 
 from typing import Any

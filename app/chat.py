@@ -7,6 +7,7 @@ from rich.console import Console
 
 from alignment_pipeline.errors import MissingArtifactError
 from alignment_pipeline.graph import build_graph, trunk_asset
+from alignment_pipeline.limits import max_positions
 from alignment_pipeline.prompts import format_prompt
 from alignment_pipeline.recipe import Recipe
 from resources.artifact_store import ArtifactRef, ArtifactStore
@@ -44,9 +45,16 @@ def chat_with(
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
         model = load_policy(store.verify(current[policy]), store.verify(trunk))
     console.print(f"{policy} of {recipe.name} ({trunk_asset(recipe)} is its trunk). An empty line ends.", style="dim")
+    limit = max_positions(store.path(trunk))
     turn = 0
     while instruction := _read_line():
         prompt = encode(tokenizer, [format_prompt(instruction, "")])
+        if limit is not None and len(prompt[0]) + max_new_tokens > limit:
+            console.print(
+                f"Too long: {len(prompt[0])} tokens and up to {max_new_tokens} new ones, the model reads {limit}.",
+                style="yellow",
+            )
+            continue
         response = generate(
             model, tokenizer, prompt,
             max_new_tokens=max_new_tokens, temperature=temperature, batch_size=1, seed=seed + turn,

@@ -25,10 +25,7 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
     "reward_model": (
         ("reward_model_beats_length_baseline", _WARNING, "Held-out accuracy is above preferring by length alone."),
     ),
-    "evaluation": (
-        ("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),
-        ("kl_within_budget", _WARNING, "The policy is no further from the trunk than the recipe's budget."),
-    ),
+    "evaluation": (("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),),
 }
 
 
@@ -45,9 +42,13 @@ def check_specs(recipe: Recipe, node: StageNode) -> list[dg.AssetCheckSpec]:
 def _comparison_checks(recipe: Recipe, node: StageNode) -> tuple[tuple[str, bool, str], ...]:
     trunk = trunk_asset(recipe)
     sft = (("sft_beats_base", _WARNING, "SFT is above the base model in BLEU and by the judge."),)
-    beats = tuple(
-        (f"{policy}_beats_{trunk}", _WARNING, "The win rate's 95% interval is above one half.")
-        for policy in node.inputs
-        if policy not in ("base_model", trunk)
-    )
-    return (*(sft if recipe.sft else ()), *beats)
+    policies = [policy for policy in node.inputs if policy not in ("base_model", trunk)]
+    of_policies = [
+        check
+        for policy in policies
+        for check in (
+            (f"{policy}_beats_{trunk}", _WARNING, "The win rate's 95% interval is above one half."),
+            (f"{policy}_kl_within_budget", _WARNING, "It is no further from the trunk than the recipe's budget."),
+        )
+    ]
+    return (*(sft if recipe.sft else ()), *of_policies)

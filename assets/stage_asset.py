@@ -86,8 +86,11 @@ def _materialize(
     context: dg.AssetExecutionContext, engine: Compute, recipe: Recipe, node: StageNode, takes_in_feedback: bool
 ) -> Outcome:
     run = context.run
+    config, seed = _configured(recipe, node, context.op_execution_context.op_config)
     record = run.run_id if run.parent_run_id else run.tags.get(RECORD_TAG, run.run_id)  # a re-execution copies tags
     selected = run.asset_selection or context.job_def.asset_layer.executable_asset_keys
+    if len({key.path[0] for key in selected}) > 1:
+        record = f"{record}-{recipe.name}"  # a run over several recipes has a record for each
     engine.runs.start(
         record,
         recipe.name,
@@ -95,7 +98,6 @@ def _materialize(
         planned=[key.path[-1] for key in selected if key.path[0] == recipe.name],
         overrides=[line for line in run.tags.get(OVERRIDES_TAG, "").split("\n") if line],
     )
-    config, seed = _configured(recipe, node, context.op_execution_context.op_config)
     files: Mapping[str, Path] = config.input_files()
     if takes_in_feedback:
         files = {**files, "journal": engine.take_in_feedback(recipe.name)}

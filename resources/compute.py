@@ -27,6 +27,7 @@ from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec, stage_function
 from resources import leases
 from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.consistency import require_one_lineage
 from resources.feedback import FeedbackInbox
 from resources.home import REPOSITORY
 from resources.lineage import Lineage
@@ -70,11 +71,11 @@ class Outcome:
 class Compute:
     """Makes assets of a home folder, on one device."""
 
-    def __init__(self, home: Path, tracking: Tracking, device: str = "cpu") -> None:
+    def __init__(self, home: Path, tracking: Tracking, device: str = "cpu", lineage: Lineage | None = None) -> None:
         self.home = home
         self.store = ArtifactStore(home)
         self.runs = RunRecords(home)
-        self.lineage = Lineage(home)
+        self.lineage = lineage or Lineage(home)
         self.tracking = tracking
         self.device = device
 
@@ -92,15 +93,20 @@ class Compute:
         except BaseException as error:
             problem = _as_user_error(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                self.runs.event(request.run_id, "failed", asset=node.asset, error=str(problem or type(error).__name__))
+                text = str(problem or f"{type(error).__name__}: {error}".splitlines()[0])
+                self.runs.event(request.run_id, "failed", asset=node.asset, error=text)
                 self.runs.finish(request.run_id, FAILED if isinstance(error, Exception) else INTERRUPTED)
+                self.lineage.try_sync()
             if problem is not None and problem is not error:
                 raise problem from error
             raise
         usable = all(check["passed"] or not check["blocking"] for check in outcome.manifest["checks"])
-        self.runs.record_asset(
+        ended = self.runs.record_asset(
             request.run_id, request.recipe, node.asset, outcome.ref, reused=outcome.reused, usable=usable
         )
+        warning = self.lineage.try_sync() if ended or not outcome.reused else None
+        if warning:
+            self.runs.event(request.run_id, "note", asset=node.asset, text=warning)
         self.runs.event(
             request.run_id, "finished", asset=node.asset, reused=outcome.reused, reasons=list(outcome.reasons),
             seconds=time.monotonic() - started, metrics=dict(outcome.manifest["metrics"]),
@@ -113,11 +119,16 @@ class Compute:
 
     def tracking_link(self, node: StageNode, outcome: Outcome) -> str | Path | None:
         """Address, or local folder, of the W&B run that belongs to an artifact, if there is one."""
-        return self.tracking.link(_tracking_id(node, outcome.ref.key), _TRACKING_FOLDER_WAIT_S)
+        if node.stage not in _TRACKED_STAGES:
+            return None
+        return self.tracking.link(
+            _tracking_id(node, outcome.ref.key), 0.0 if outcome.reused else _TRACKING_FOLDER_WAIT_S
+        )
 
     def _find_or_compute(self, request: Request) -> Outcome:
         node = request.node
         inputs = self.runs.resolve(request.run_id, request.recipe, list(node.inputs.values()))
+        require_one_lineage(self.store, node.asset, inputs)
         by_name = {name: inputs[asset] for name, asset in node.inputs.items()}
         files = {
             name: {"sha256": _content_sha256(path, node), "path": str(path)} for name, path in request.files.items()
@@ -143,9 +154,6 @@ class Compute:
             if found := self.store.find(node.stage, key):
                 return self._reuse(found)
             ref = self._compute(request, key, by_name, description, lease)
-        warning = self.lineage.try_sync()
-        if warning:
-            self.runs.event(request.run_id, "note", asset=node.asset, text=warning)
         return Outcome(ref, self.store.path(ref), self.store.manifest(ref), False, reasons)
 
     def _reuse(self, ref: ArtifactRef) -> Outcome:
@@ -177,6 +185,9 @@ class Compute:
             (staging / EXTRAS).mkdir(exist_ok=True)
             training_curves(staging / EXTRAS / "curves.png", log.path)
             shutil.copyfile(log.path, staging / EXTRAS / "progress.jsonl")
+            for name, path in request.files.items():
+                if _content_sha256(path, request.node) != description["inputs"][name]["sha256"]:
+                    raise DataError(f"{path} was changed while it was read; nothing was published. Run again.")
             lease.require()
             ref = self.store.publish(
                 staging, stage, key, {**description, **_report(result, time.monotonic() - started, self.device)}
@@ -263,9 +274,10 @@ def _content_sha256(path: Path, node: StageNode) -> str:
         if path.is_dir():
             return digest({file.name: file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()})
         return file_sha256(path)
-    except FileNotFoundError:
+    except OSError as error:
+        found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DataError(
-            f"{node.section}.path: {path} does not exist, expected a file that can be read. "
+            f"{node.section}.path: {path} {found}, expected a file that can be read. "
             f"Correct the recipe, or use `--set {node.section}.path=FILE`."
         ) from None
 
@@ -319,5 +331,5 @@ def _as_user_error(error: BaseException) -> AlignmentError | None:
                 "results are as they were. Free some space, or set ALIGNMENT_HOME to another disk, and run again."
             )
     if isinstance(error, PermissionError):
-        return StoreError(f"{error.filename} cannot be written to ({error.strerror}); check its permissions.")
+        return StoreError(f"{error.filename} cannot be used ({error.strerror}); check its permissions.")
     return None

@@ -51,13 +51,14 @@ class ComputeResource(dg.ConfigurableResource[Any]):
     """Runs stages: here and on one device."""
 
     artifact_store: dg.ResourceDependency[ArtifactStoreResource]
+    lineage: dg.ResourceDependency[LineageResource]
     tracking: dg.ResourceDependency[TrackingResource]
     device: str
 
     def engine(self) -> Compute:
         """What makes assets in this process."""
-        device = self.device if self.device != "auto" else _best_device()
-        return Compute(self.artifact_store.folder(), self.tracking.tracker(), device)
+        device = _only_visible(self.device if self.device != "auto" else _best_device())
+        return Compute(self.artifact_store.folder(), self.tracking.tracker(), device, self.lineage.index())
 
 
 @functools.cache
@@ -70,13 +71,13 @@ def default_resources(home: Path | None = None) -> dict[str, Any]:
     """The resources of a code location, set by environment variables that the README lists."""
     store = ArtifactStoreResource(home=str(home or alignment_home()))
     tracking = TrackingResource(artifact_store=store, project=os.environ.get("WANDB_PROJECT", "alignment-pipeline"))
+    lineage = LineageResource(artifact_store=store)
+    device = os.environ.get(DEVICE_VARIABLE, "auto")
     return {
         "artifact_store": store,
-        "lineage": LineageResource(artifact_store=store),
+        "lineage": lineage,
         "tracking": tracking,
-        "compute": ComputeResource(
-            artifact_store=store, tracking=tracking, device=os.environ.get(DEVICE_VARIABLE, "auto")
-        ),
+        "compute": ComputeResource(artifact_store=store, lineage=lineage, tracking=tracking, device=device),
     }
 
 
@@ -85,6 +86,18 @@ def _best_device() -> str:
     if Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists():
         return "cuda:0"
     return "cpu"
+
+
+def _only_visible(device: str) -> str:
+    """Hide all GPUs but the chosen one, before torch is imported: the trainers take every one that they see."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible == [""] or len(visible) > 1:
+        index = int(number or 0)
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if visible == [""] else visible[min(index, len(visible) - 1)]
+    return "cuda:0"
 
 
 def require_executor(name: str) -> str:

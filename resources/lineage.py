@@ -174,7 +174,7 @@ class Lineage:
             return self._build(deadline)
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
-        """Rows of a statement that only reads; a missing index is made first.
+        """Rows of a statement that only reads; the index is caught up first.
 
         Args:
             sql: One statement. Values go into `parameters` (`?` or `$name`), never into the text.
@@ -186,6 +186,8 @@ class Lineage:
         """
         if not self.path.exists():
             self.sync()
+        else:
+            self.try_sync()  # what ran since; where the file is held, the reader below says by whom
         with self._reader() as connection:
             try:
                 connection.execute(sql, parameters)

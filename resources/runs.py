@@ -50,24 +50,30 @@ class RunRecords:
 
     def record_asset(
         self, run_id: str, recipe: str, asset: str, ref: ArtifactRef, *, reused: bool, usable: bool = True
-    ) -> None:
+    ) -> bool:
         """Record what an asset is in this run, and make it the recipe's current one if it is `usable`.
 
-        What failed a blocking check is not: no later run may read it. The last planned asset ends the run.
+        What failed a blocking check is not: no later run may read it, and this one has failed. The last planned asset
+        ends the run.
+
+        Returns:
+            Whether this ended the run.
         """
         with self._locked():
             record = self.read(run_id)
             record["assets"][asset] = {**ref.as_dict(), "reused": reused}
-            if record["assets"].keys() >= set(record["planned"]):
-                record |= {"finished_at": _now(), "status": SUCCESS}
+            ended = not usable or record["assets"].keys() >= set(record["planned"])
+            if ended:
+                record |= {"finished_at": _now(), "status": SUCCESS if usable else FAILED}
             atomic.write_json(self._path(run_id), record)
             if not usable:
-                return
+                return ended
             current = self.current(recipe)
             current[asset] = ref
             atomic.write_json(
                 self._current / f"{recipe}.json", {name: value.as_dict() for name, value in current.items()}
             )
+            return ended
 
     def read(self, run_id: str) -> dict[str, Any]:
         """A run's record.

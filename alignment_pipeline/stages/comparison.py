@@ -4,6 +4,7 @@ from typing import Any
 
 from alignment_pipeline import atomic
 from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES
 from alignment_pipeline.plots import bars
@@ -42,12 +43,16 @@ def compare_policies(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Sta
         for name in ("judge_score", "win_rate", "bleu", "kl_nats")
     }
     log.step("compare", 1, 1, metrics)
-    return StageResult(metrics, _checks(table, opponent))
+    return StageResult(metrics, _checks(table, opponent, spec.config.kl_budget_nats))
 
 
 def _row(policy: str, rows: list[dict[str, Any]], opponent: str, theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    if [row["prompt_id"] for row in rows] != [row["prompt_id"] for row in theirs]:
-        raise ValueError(f"{policy} and {opponent} were evaluated on different prompts")
+    for name in ("prompt_id", "judge", "temperature"):
+        if [row[name] for row in rows] != [row[name] for row in theirs]:
+            raise DataError(
+                f"{policy} and {opponent} have different {name} values, expected the same for every policy. "
+                "Evaluate all of them anew with the recipe's settings."
+            )
     scores = [row["judge_score"] for row in rows]
     metrics = summarize(rows)
     rate = win_rate(scores, [row["judge_score"] for row in theirs])
@@ -86,7 +91,7 @@ def _side_by_side(examples: dict[str, list[dict[str, Any]]]) -> list[dict[str, A
     ]
 
 
-def _checks(table: list[dict[str, Any]], opponent: str) -> tuple[StageCheck, ...]:
+def _checks(table: list[dict[str, Any]], opponent: str, kl_budget_nats: float) -> tuple[StageCheck, ...]:
     by_policy = {row["policy"]: row for row in table}
     checks = []
     if opponent == "sft_model":
@@ -99,13 +104,13 @@ def _checks(table: list[dict[str, Any]], opponent: str) -> tuple[StageCheck, ...
                 f"judge score {base['judge_score']:.3f} → {sft['judge_score']:.3f}.",
             )
         )
-    checks += [
-        StageCheck(
-            f"{policy}_beats_{opponent}",
-            row["win_rate_low"] > 0.5,
-            f"Win rate {row['win_rate']:.3f}, 95% interval {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}.",
-        )
-        for policy, row in by_policy.items()
-        if policy not in ("base_model", opponent)
-    ]
+    for policy, row in by_policy.items():
+        if policy in ("base_model", opponent):
+            continue
+        wins = f"Win rate {row['win_rate']:.3f}, 95% interval {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f}."
+        distance = f"{row['kl_nats']:.2f} nats a response from {opponent}; the recipe's budget is {kl_budget_nats:g}."
+        checks += [
+            StageCheck(f"{policy}_beats_{opponent}", row["win_rate_low"] > 0.5, wins),
+            StageCheck(f"{policy}_kl_within_budget", row["kl_nats"] <= kl_budget_nats, distance),
+        ]
     return tuple(checks)

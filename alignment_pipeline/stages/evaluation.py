@@ -77,7 +77,7 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
     }
     atomic.write_json(spec.output_dir / "summary.json", summary)
     log.step("evaluate", _STEPS, _STEPS, metrics)
-    return StageResult(metrics, _checks(metrics, config))
+    return StageResult(metrics, _checks(metrics))
 
 
 def summarize(examples: list[dict[str, Any]]) -> dict[str, float]:
@@ -133,18 +133,13 @@ def _learned_scores(
     return score_responses(scorer, prompts, responses, pad_id, spec.config.batch_size)
 
 
-def _checks(metrics: dict[str, float], config: EvaluationConfig) -> tuple[StageCheck, ...]:
-    empty, kl = metrics["eval/empty_share"], metrics["eval/kl_nats"]
+def _checks(metrics: dict[str, float]) -> tuple[StageCheck, ...]:
+    empty = metrics["eval/empty_share"]
     return (
         StageCheck(
             "responses_are_not_empty",
             empty < MAX_EMPTY_SHARE,
             f"{empty:.1%} of the responses are empty; fewer than {MAX_EMPTY_SHARE:.0%} may be.",
             blocking=True,
-        ),
-        StageCheck(
-            "kl_within_budget",
-            kl <= config.kl_budget_nats,
-            f"{kl:.2f} nats a response from the trunk; the recipe's budget is {config.kl_budget_nats:g}.",
         ),
     )

@@ -20,6 +20,7 @@ from alignment_pipeline.atomic import write_json
 from alignment_pipeline.configs import FormattingConfig
 from alignment_pipeline.errors import DataError, ModelError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.limits import max_positions
 from alignment_pipeline.plots import histogram
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import format_prompt, splits_share_no_prompt
@@ -39,6 +40,12 @@ def format_dataset(spec: StageSpec[FormattingConfig], log: ProgressLog) -> Stage
         ModelError: The tokenizer cannot be loaded or has no EOS token.
         DataError: The length limits leave a split without rows.
     """
+    limit = max_positions(spec.inputs["tokenizer"])
+    if limit is not None and spec.config.max_tokens > limit:
+        raise DataError(
+            f"formatting.max_tokens: found {spec.config.max_tokens}, expected at most {limit}, the longest sequence "
+            "that the base model can read."
+        )
     tokenizer = _load_tokenizer(spec.inputs["tokenizer"] / "model")
     source = read_jsonl(spec.inputs["instructions"] / "rows.jsonl")
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from alignment_pipeline import atomic
@@ -10,7 +11,7 @@ from alignment_pipeline.configs import JudgeName, LabellingConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import judge
-from alignment_pipeline.preferences import pair_id
+from alignment_pipeline.preferences import PreferencePair, make_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec
 
@@ -26,26 +27,32 @@ def label_preferences(spec: StageSpec[LabellingConfig], log: ProgressLog) -> Sta
     for sample in read_jsonl(spec.inputs["samples"] / "samples.jsonl"):
         samples[sample["prompt_id"]].append(sample)
     dropped: Counter[str] = Counter()
-    pairs: list[dict[str, Any]] = []
+    pairs: list[PreferencePair] = []
     for number, (prompt_id, responses) in enumerate(samples.items(), 1):
-        candidates = _candidates(config.method, references[prompt_id], [sample["response"] for sample in responses])
         kept = 0
-        for (chosen, chosen_score), (rejected, rejected_score) in candidates:
-            if chosen == rejected:
+        for better, worse in _candidates(config.method, references[prompt_id], responses):
+            if better.text == worse.text:
                 dropped["identical"] += 1
-            elif not chosen.strip() or not rejected.strip():
+            elif not better.text.strip() or not worse.text.strip():
                 dropped["empty"] += 1
-            elif chosen_score is not None and chosen_score == rejected_score:
+            elif better.score is not None and better.score == worse.score:
                 dropped["tie"] += 1
             elif kept < config.pairs_per_prompt:
                 kept += 1
-                prompt = references[prompt_id]["prompt"]
                 pairs.append(
-                    {"id": pair_id(prompt, chosen, rejected), "prompt_id": prompt_id, "prompt": prompt,
-                     "chosen": chosen, "rejected": rejected, "labeller": config.method,
-                     "source": "dataset" if config.method == "dataset_answer" else "sampled",
-                     "chosen_score": chosen_score, "rejected_score": rejected_score}
-                )  # fmt: skip
+                    make_pair(
+                        prompt_id=prompt_id,
+                        prompt=references[prompt_id]["prompt"],
+                        chosen=better.text,
+                        rejected=worse.text,
+                        chosen_ended=better.ended,
+                        rejected_ended=worse.ended,
+                        source="dataset" if config.method == "dataset_answer" else "sampled",
+                        labeller=config.method,
+                        chosen_score=better.score,
+                        rejected_score=worse.score,
+                    )
+                )
         if number % 200 == 0 or number == len(samples):
             log.step("label", number, len(samples), {"pairs/count": len(pairs)})
     if not pairs:
@@ -68,18 +75,30 @@ def label_preferences(spec: StageSpec[LabellingConfig], log: ProgressLog) -> Sta
     )
 
 
-Scored = tuple[str, float | None]
+@dataclass(frozen=True)
+class _Response:
+    """A response that may stand in a pair: whether it came to its end, and its score if a rule gave one."""
+
+    text: str
+    ended: bool
+    score: float | None = None
 
 
-def _candidates(method: str, row: dict[str, Any], responses: list[str]) -> Iterable[tuple[Scored, Scored]]:
+def _candidates(
+    method: str, row: dict[str, Any], samples: list[dict[str, Any]]
+) -> Iterable[tuple[_Response, _Response]]:
     """(preferred, other) candidates of one prompt, the pairs furthest apart first."""
     if method == "dataset_answer":
-        for response in responses:
-            yield (row["reference"], None), (response, None)
+        for sample in samples:
+            yield _Response(row["reference"], True), _Response(sample["response"], sample["ended"])
         return
     name: JudgeName = "gold_rule" if method == "gold_rule" else "reference_chrf"
-    scores = judge(name, [row] * len(responses), responses)
-    ranked = sorted(zip(responses, scores, strict=True), key=lambda scored: -scored[1])
+    scores = judge(name, [row] * len(samples), [sample["response"] for sample in samples])
+    ranked = sorted(zip(scores, samples, strict=True), key=lambda pair: -pair[0])
     combinations = itertools.combinations(range(len(ranked)), 2)
-    for better, worse in sorted(combinations, key=lambda pair: ranked[pair[1]][1] - ranked[pair[0]][1]):
-        yield ranked[better], ranked[worse]
+    for better, worse in sorted(combinations, key=lambda pair: ranked[pair[1]][0] - ranked[pair[0]][0]):
+        yield _scored(*ranked[better]), _scored(*ranked[worse])
+
+
+def _scored(score: float, sample: dict[str, Any]) -> _Response:
+    return _Response(sample["response"], sample["ended"], score)

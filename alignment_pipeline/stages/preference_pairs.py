@@ -15,6 +15,7 @@ from alignment_pipeline.atomic import write_json
 from alignment_pipeline.configs import PairsConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import write_jsonl
+from alignment_pipeline.limits import max_positions
 from alignment_pipeline.preferences import PAIRS_FILE, PreferencePair, read_pairs
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import normalised, split_position, splits_share_no_prompt
@@ -26,6 +27,8 @@ SPLITS = ("train", "validation")
 def unite_preference_pairs(spec: StageSpec[PairsConfig], log: ProgressLog) -> StageResult:
     """Unite the pairs of the inputs `labels` and `human`, where present, and split them.
 
+    Pairs longer than the model of the input `tokenizer` can read are dropped and counted.
+
     Raises:
         DataError: No source, or no pair in one of the splits.
     """
@@ -33,6 +36,10 @@ def unite_preference_pairs(spec: StageSpec[PairsConfig], log: ProgressLog) -> St
     if not present:
         raise DataError("pairs: found neither labels nor human preferences; add a labelling or a feedback section.")
     pairs, dropped = _unite([read_pairs(folder / PAIRS_FILE) for folder in present])
+    if "tokenizer" in spec.inputs:
+        readable = _readable(pairs, spec.inputs["tokenizer"])
+        dropped["over_long"] = len(pairs) - len(readable)
+        pairs = readable
     splits: dict[str, list[PreferencePair]] = {split: [] for split in SPLITS}
     for pair in pairs:
         held_out = split_position(spec.seed, "pairs", pair["prompt"]) < spec.config.validation_fraction
@@ -62,6 +69,25 @@ def _unite(sources: Sequence[Sequence[PreferencePair]]) -> tuple[list[Preference
         else:
             united[pair["id"]] = pair
     return list(united.values()), dropped
+
+
+def _readable(pairs: list[PreferencePair], base_model: Path) -> list[PreferencePair]:
+    """The pairs that fit the model's positions, both sides, with the end token."""
+    limit = max_positions(base_model)
+    if limit is None or not pairs:
+        return pairs
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model / "model", local_files_only=True)
+    prompts, chosen, rejected = (
+        [len(ids) for ids in tokenizer([pair[part] for pair in pairs], add_special_tokens=False)["input_ids"]]
+        for part in ("prompt", "chosen", "rejected")
+    )
+    return [
+        pair
+        for pair, prompt, better, worse in zip(pairs, prompts, chosen, rejected, strict=True)
+        if prompt + max(better, worse) + 1 <= limit
+    ]
 
 
 def _require_both_splits(

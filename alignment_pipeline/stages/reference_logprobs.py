@@ -3,17 +3,15 @@
 TRL's own cache is keyed by the whole DPO configuration, so that a new learning rate recomputes it.
 """
 
-from alignment_pipeline.configs import FormattingConfig
+from alignment_pipeline.configs import ReferenceLogprobsConfig
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import encode, encode_responses, sum_logprobs
+from alignment_pipeline.sequences import encode, encode_side, sum_logprobs
 from alignment_pipeline.stage import StageResult, StageSpec
 
-_BATCH_SIZE = 32
 
-
-def score_reference_logprobs(spec: StageSpec[FormattingConfig], log: ProgressLog) -> StageResult:
+def score_reference_logprobs(spec: StageSpec[ReferenceLogprobsConfig], log: ProgressLog) -> StageResult:
     """Write `train.jsonl` and `validation.jsonl`: id, ref_chosen_logprob, ref_rejected_logprob (nats)."""
     tokenizer = load_tokenizer(spec.inputs["trunk"])
     model = load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, spec.device)
@@ -23,8 +21,8 @@ def score_reference_logprobs(spec: StageSpec[FormattingConfig], log: ProgressLog
         prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
         chosen, rejected = (
             sum_logprobs(
-                model, prompts, encode_responses(tokenizer, [pair[side] for pair in pairs]),
-                tokenizer.pad_token_id, _BATCH_SIZE,
+                model, prompts, encode_side(tokenizer, pairs, side),
+                tokenizer.pad_token_id, spec.config.batch_size,
             )
             for side in ("chosen", "rejected")
         )  # fmt: skip
