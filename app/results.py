@@ -43,17 +43,19 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     """The table for people, its footnotes, and the checks that failed."""
     judge, opponent = results["judge_title"], results["opponent"]
     prompts = results["policies"][0]["prompts"]
-    table = Table(title=f"{results['recipe']}: {prompts} test prompts, judge: {judge}", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{results['recipe']}: {prompts} test prompts, judge: {judge}", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
+    )
     table.add_column("policy", no_wrap=True)
-    for title in ("BLEU", judge, "learned score", "KL, nats", "tokens", "win rate [95%]"):
-        table.add_column(title, justify="right")
+    for column in ("BLEU", judge, "learned", "KL, nats", "tokens", "win rate [95%]"):
+        table.add_column(column, justify="right")
     for row in results["policies"]:
         learned = row["learned_score"]
-        wins = f"{row['win_rate']:.3f} [{row['win_rate_low']:.3f}, {row['win_rate_high']:.3f}]"
+        wins = f"{row['win_rate']:.3f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
         table.add_row(
             row["policy"],
             f"{row['bleu']:.1f}",
-            f"{row['judge_score']:.3f} ± {1.96 * row['judge_score_se']:.3f}",
+            f"{row['judge_score']:.3f} ±{1.96 * row['judge_score_se']:.3f}",
             "–" if learned is None else f"{learned:.2f}",
             f"{row['kl_nats']:.2f}",
             f"{row['mean_tokens']:.1f}",

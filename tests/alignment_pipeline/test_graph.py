@@ -23,9 +23,14 @@ SMOKE = {
         "preference_labels", "labelling", {"samples": "sampled_responses", "dataset": "formatted_dataset"},
     ),
     "human_preferences": ("human_preferences", "feedback", {"dataset": "formatted_dataset"}),
-    "preference_pairs": ("preference_pairs", "pairs", {"labels": "preference_labels", "human": "human_preferences"}),
+    "preference_pairs": (
+        "preference_pairs", "pairs",
+        {"labels": "preference_labels", "human": "human_preferences", "tokenizer": "base_model"},
+    ),
     "reward_model": ("reward_model", "reward_model", {"pairs": "preference_pairs", "trunk": "sft_model"}),
-    "reference_logprobs": ("reference_logprobs", "formatting", {"pairs": "preference_pairs", "trunk": "sft_model"}),
+    "reference_logprobs": (
+        "reference_logprobs", "reference_logprobs", {"pairs": "preference_pairs", "trunk": "sft_model"},
+    ),
     "dpo_policy": (
         "dpo_policy", "dpo",
         {"pairs": "preference_pairs", "reference_logprobs": "reference_logprobs", "trunk": "sft_model"},
@@ -92,9 +97,11 @@ def test_reference_logprobs_exist_for_dpo_only() -> None:
 
 
 def test_without_feedback_pairs_come_from_labels_alone_and_without_labels_from_people_alone() -> None:
-    assert graph_of("feedback=null")["preference_pairs"][2] == {"labels": "preference_labels"}
+    assert graph_of("feedback=null")["preference_pairs"][2] == {
+        "labels": "preference_labels", "tokenizer": "base_model"
+    }  # fmt: skip
     people_only = graph_of("sampling=null", "labelling=null")
-    assert people_only["preference_pairs"][2] == {"human": "human_preferences"}
+    assert people_only["preference_pairs"][2] == {"human": "human_preferences", "tokenizer": "base_model"}
 
 
 @pytest.mark.parametrize("given", ["base_model.path=m", "base_model.hub_name=a/b"])

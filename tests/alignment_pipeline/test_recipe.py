@@ -236,3 +236,9 @@ def test_loading_a_recipe_imports_neither_torch_nor_an_orchestrator() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(SMOKE)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("override", ["sft.max_steps=yes", "ppo.kl_coef=true", "data.hub_name=no"])
+def test_a_boolean_is_no_number_and_no_text(override: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{override.split('=')[0]}.*boolean.*expected"):
+        smoke_with(override)

@@ -14,6 +14,7 @@ from alignment_pipeline.sequences import (
     chosen_logprobs,
     encode,
     encode_responses,
+    encode_side,
     generate,
     pack,
     per_row,
@@ -203,3 +204,9 @@ class TestSampling:
         assert ((found - expected).abs() <= allowed).all()
         top_50_share = expected.sort(descending=True).values[:50].sum()
         assert found[expected.argsort(descending=True)[50:]].sum() == pytest.approx(1 - top_50_share.item(), abs=0.04)
+
+
+def test_the_end_token_follows_only_the_side_of_a_pair_that_had_ended(tokenizer: Any) -> None:
+    pairs = [{"chosen": "abc", "chosen_ended": True}, {"chosen": "abc", "chosen_ended": False}]
+    ended, cut = encode_side(tokenizer, pairs, "chosen")
+    assert ended == [*cut, tokenizer.eos_token_id]

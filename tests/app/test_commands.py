@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from app.recipes import all_recipes
+from resources.lineage import Lineage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TRACKED = {
@@ -158,3 +159,13 @@ def test_a_failing_step_is_named_whatever_the_executor(tmp_path: Path, align: Ru
     assert done.returncode == 1
     assert "Error in formatted_dataset: instructions, base_model of recipe smoke has not been made" in done.stdout
     assert [record["status"] for record in records(tmp_path / "home")] == ["failed"]
+
+
+def test_after_a_run_the_index_knows_its_end_all_its_assets_and_its_comparison(copy_of_home: Path) -> None:
+    lineage = Lineage(copy_of_home)
+    (run,) = lineage.query(
+        "SELECT status, (SELECT count(*) FROM run_assets a WHERE a.run_id = r.run_id) AS n FROM runs r"
+    )
+    assert run == {"status": "success", "n": 17}
+    rows = lineage.query("SELECT DISTINCT policy FROM latest_comparison WHERE recipe = 'smoke'")
+    assert {row["policy"] for row in rows} == {"base_model", "sft_model", "ppo_policy", "dpo_policy"}

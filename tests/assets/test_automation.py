@@ -160,6 +160,18 @@ def test_votes_that_were_taken_in_request_nothing_more(shared: Place, retrained:
     assert FeedbackInbox(shared.home, "smoke").pending() == []
 
 
+def test_votes_whose_run_failed_after_taking_them_in_are_requested_once_more(copy_of_home: Path) -> None:
+    here = place(copy_of_home)
+    inbox = FeedbackInbox(copy_of_home, "smoke")
+    inbox.inbox.mkdir(parents=True, exist_ok=True)
+    (inbox.inbox / "votes.jsonl").write_text(
+        json.dumps({"instruction": "Say hi.", "chosen": "hi", "rejected": "no", "labeller": "ana"}) + "\n"
+    )
+    inbox.take_in()  # and then the process dies
+    (request,) = here.tick_of_sensor().run_requests
+    assert request.run_key.startswith("journal-")
+
+
 def leaky_source(folder: Path) -> Path:
     """Every prompt twice, with two answers."""
     path = folder / "leaky.jsonl"
@@ -186,4 +198,6 @@ def test_a_leak_stops_everything_downstream(tmp_path: Path, monkeypatch: pytest.
     }
     assert failed == {("instructions", "splits_share_no_prompt")}
     assert materialized(result) == {"instructions"}
-    assert RunRecords(leaky.home).current("smoke").keys() == {"instructions"}
+    assert RunRecords(leaky.home).current("smoke") == {}  # no later run can read it
+    (record,) = RunRecords(leaky.home).all()
+    assert (record["status"], record["assets"].keys()) == ("failed", {"instructions"})

@@ -24,7 +24,7 @@ GRAPH = {
     "sampled_responses": (["formatted_dataset", "sft_model"], True),
     "preference_labels": (["formatted_dataset", "sampled_responses"], False),
     "human_preferences": (["formatted_dataset"], False),
-    "preference_pairs": (["human_preferences", "preference_labels"], False),
+    "preference_pairs": (["base_model", "human_preferences", "preference_labels"], False),
     "reward_model": (["preference_pairs", "sft_model"], True),
     "reference_logprobs": (["preference_pairs", "sft_model"], True),
     "dpo_policy": (["preference_pairs", "reference_logprobs", "sft_model"], True),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec
@@ -59,13 +60,33 @@ def test_without_an_sft_model_the_base_model_is_the_opponent(tmp_path: Path) -> 
     result, output = compare(tmp_path, base_model=examples([0.1, 0.2]), dpo_policy=examples([0.5, 0.6]))
     assert {row["opponent"] for row in table_of(output).values()} == {"base_model"}
     assert json.loads((output / "summary.json").read_text())["opponent"] == "base_model"
-    assert {check.name for check in result.checks} == {"dpo_policy_beats_base_model"}
+    assert {check.name for check in result.checks} == {
+        "dpo_policy_beats_base_model", "dpo_policy_kl_within_budget"
+    }  # fmt: skip
     assert result.metrics["dpo_policy/win_rate"] == 1.0
 
 
 def test_policies_measured_on_other_prompts_are_not_compared(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="base_model and sft_model were evaluated on different prompts"):
+    with pytest.raises(DataError, match="base_model and sft_model have different prompt_id values"):
         compare(tmp_path, base_model=examples([0.1, 0.2], prefix="q"), sft_model=examples([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.0}, {"judge": "reference_chrf"}], ids=str)
+def test_policies_measured_in_other_ways_are_not_compared(tmp_path: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=f"have different {next(iter(other))} values"):
+        compare(tmp_path, sft_model=examples([0.1]), base_model=examples([0.1]), ppo_policy=examples([0.1], **other))
+
+
+@pytest.mark.parametrize(("kl_nats", "passed"), [(30.5, False), (29.5, True)])
+def test_a_policy_that_is_too_far_from_the_trunk_gets_a_warning(tmp_path: Path, kl_nats: float, passed: bool) -> None:
+    result, _ = compare(
+        tmp_path, base_model=examples([0.1], kl_nats=99.0), sft_model=examples([0.1]),
+        ppo_policy=examples([0.5], kl_nats=kl_nats),
+    )  # fmt: skip
+    checks = {check.name: check for check in result.checks if "kl" in check.name}
+    assert {name: (check.passed, check.blocking) for name, check in checks.items()} == {
+        "ppo_policy_kl_within_budget": (passed, False)
+    }
 
 
 @pytest.mark.parametrize(("wins", "passed"), [(40, True), (27, False)])

@@ -94,18 +94,6 @@ def test_a_greedy_evaluation_does_not_depend_on_the_seed(smoke: Any, tmp_path: P
     assert responses[0] == responses[1]
 
 
-@pytest.mark.parametrize(
-    ("budget", "passed"), [(1e-6, False), (1000.0, True)], ids=["over the budget", "within the budget"]
-)
-def test_a_policy_that_is_too_far_from_the_trunk_gets_a_warning_and_does_not_stop_the_run(
-    smoke: Any, tmp_path: Path, budget: float, passed: bool
-) -> None:
-    result = smoke.run("ppo_evaluation", tmp_path, kl_budget_nats=budget)
-    checks = {check.name: check for check in result.checks}
-    assert (checks["kl_within_budget"].passed, checks["kl_within_budget"].blocking) == (passed, False)
-    assert checks["responses_are_not_empty"].blocking
-
-
 def row(response: str, **values: Any) -> dict[str, Any]:
     return {"response": response, "reference": "def f(x):\n    return x", "judge_score": 0.5, "kl_nats": 1.0,
             "tokens": 3, "ended": True, "learned_score": None} | values  # fmt: skip

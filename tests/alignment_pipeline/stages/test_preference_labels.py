@@ -18,6 +18,8 @@ from alignment_pipeline.world.gold import judge_response
 WORLD = generate_rows(20, 0)
 GOLD = WORLD[0]["output"]
 REFERENCE = "abcdefgh"
+CUT = "…"
+"""Marks a sample that did not come to its end."""
 
 
 def label(
@@ -33,7 +35,10 @@ def label(
              "instruction": world["instruction"], "input": world["input"],
              "reference": world["output"] if method == "gold_rule" else REFERENCE}
         )  # fmt: skip
-        samples += [{"prompt_id": identity, "sample": n, "response": text} for n, text in enumerate(responses)]
+        samples += [
+            {"prompt_id": identity, "sample": n, "response": text.removesuffix(CUT), "ended": not text.endswith(CUT)}
+            for n, text in enumerate(responses)
+        ]
     write_jsonl(folder / "dataset" / "train.jsonl", rows)
     write_jsonl(folder / "samples" / "samples.jsonl", samples)
     output = folder / "output"
@@ -115,3 +120,16 @@ def test_pairs_stay_with_their_prompt(tmp_path: Path) -> None:
 def test_samples_that_leave_no_pair_are_an_error_with_the_counts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"No pair is left from 3 samples \(dropped: .*'tie': 3.*Raise sampling"):
         label(tmp_path, "gold_rule", ["x", "y", "z"])
+
+
+def test_a_sample_that_was_cut_is_marked_and_the_datasets_answer_has_ended(tmp_path: Path) -> None:
+    _, pairs, _ = label(tmp_path, "dataset_answer", ["abc", "abcd" + CUT])
+    assert {(pair["rejected"], pair["rejected_ended"]) for pair in pairs} == {("abc", True), ("abcd", False)}
+    assert {pair["chosen_ended"] for pair in pairs} == {True}
+
+
+def test_a_cut_sample_may_be_preferred_and_stays_marked(tmp_path: Path) -> None:
+    _, pairs, _ = label(tmp_path, "reference_chrf", ["abcdefg" + CUT, "xyz"])
+    assert [(pair["chosen"], pair["chosen_ended"], pair["rejected_ended"]) for pair in pairs] == [
+        ("abcdefg", False, True)
+    ]

@@ -3,6 +3,7 @@ import random
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from alignment_pipeline.configs import PairsConfig
 from alignment_pipeline.errors import DataError
@@ -97,3 +98,21 @@ def test_a_leak_between_splits_fails_the_blocking_check(tmp_path: Path, monkeypa
     monkeypatch.setattr(preference_pairs, "split_position", lambda *_: next(places) % 3 / 3)
     result, _ = unite(tmp_path, LABELS, None)
     assert not result.checks[0].passed
+
+
+def test_a_pair_that_the_model_cannot_read_is_dropped_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long = pair("Task 1.", "word " * 500, "bad", "human")
+    base = tmp_path / "base"
+    tokenizer.save_pretrained(base / "model")
+    (base / "model" / "config.json").write_text(json.dumps({"model_type": "opt", "max_position_embeddings": 400}))
+    for name, pairs in (("labels", LABELS), ("human", [long])):
+        write_jsonl(tmp_path / name / "pairs.jsonl", pairs)
+    output = tmp_path / "output"
+    output.mkdir()
+    inputs = {"labels": tmp_path / "labels", "human": tmp_path / "human", "tokenizer": base}
+    spec = StageSpec(PairsConfig(validation_fraction=0.2), inputs, output, tmp_path / "work", seed=0)
+    unite_preference_pairs(spec, ProgressLog(tmp_path / "progress.jsonl"))
+    assert json.loads((output / "summary.json").read_text())["dropped"]["over_long"] == 1
+    assert splits(output).keys() == {pair["id"] for pair in LABELS}
