@@ -93,7 +93,7 @@ class Compute:
         except BaseException as error:
             problem = _as_user_error(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                text = str(problem or f"{type(error).__name__}: {error}".splitlines()[0])
+                text = str(problem or ": ".join(filter(None, [type(error).__name__, *str(error).splitlines()[:1]])))
                 self.runs.event(request.run_id, "failed", asset=node.asset, error=text)
                 self.runs.finish(request.run_id, FAILED if isinstance(error, Exception) else INTERRUPTED)
                 self.lineage.try_sync()

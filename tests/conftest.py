@@ -1,5 +1,6 @@
 """A home that was filled once by the true entry point, and the guard that keeps tests out of the checkout's own."""
 
+import atexit
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# DuckDB's binding reports objects that outlive the interpreter, after everything of ours was printed.
+atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 REPOSITORY = Path(__file__).parents[1]
 ALIGN = Path(sys.executable).parent / "align"

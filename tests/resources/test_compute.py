@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_checkpoints_stay(
 def test_a_defect_keeps_its_own_class(engine: Compute, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(stage: Callable[..., StageResult]) -> Callable[..., StageResult]:
         def run(spec: StageSpec[Any], log: Any) -> StageResult:
-            raise ZeroDivisionError
+            raise ZeroDivisionError("by\nzero")
 
         return run
 
@@ -236,7 +236,7 @@ def test_a_defect_keeps_its_own_class(engine: Compute, monkeypatch: pytest.Monke
     with pytest.raises(ZeroDivisionError):
         instructions(engine)
     assert events(engine)[-1] | {"time": 0} == {
-        "event": "failed", "time": 0, "asset": "instructions", "error": "ZeroDivisionError",
+        "event": "failed", "time": 0, "asset": "instructions", "error": "ZeroDivisionError: by",
     }  # fmt: skip
 
 
