@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment_pipeline.errors import DataError
+from alignment_pipeline.prompts import control_character, is_utf8_text
 
 SHOWN_CHARS = 120
 UNDECODABLE_KEY = "undecodable"
@@ -147,3 +148,15 @@ def _where(data: bytes, error: Exception) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         return f"found byte {data[error.start]:#04x} that is not UTF-8 at line {line} (byte {error.start})"
     return f"found JSON that cannot be parsed ({error})"
+
+
+def text_problem(name: str, value: object) -> tuple[str, str] | None:
+    """Why a field cannot be used as text, as (quarantine reason, what was found); None if it can."""
+    if not isinstance(value, str):
+        return "wrong_type", f"{name}: {shown(value)}"
+    if not is_utf8_text(value):
+        return "invalid_utf8", f"{name} has a lone surrogate: {shown(value)}"
+    found = control_character(value)
+    if found is not None:
+        return "control_characters", f"{name} has {shown(found)}: {shown(value)}"
+    return None

@@ -22,13 +22,11 @@ from alignment_pipeline.preferences import PAIRS_FILE, PreferencePair, make_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import (
     PROMPT_HEADER,
-    control_character,
     format_prompt,
-    is_utf8_text,
     normalised,
     prompt_id,
 )
-from alignment_pipeline.rows import UNDECODABLE_KEY, RawRow, parse_jsonl, shown
+from alignment_pipeline.rows import UNDECODABLE_KEY, RawRow, parse_jsonl, shown, text_problem
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 
 DEFAULT_LABELLER = "human"
@@ -157,13 +155,9 @@ def _form_problem(value: Any) -> Problem | None:
     optional = [name for name in ("input", "labeller") if value.get(name) is not None]
     for name in (prompt_key, "chosen", "rejected", *optional):
         text = value[name]
-        if not isinstance(text, str):
-            return "wrong_type", f"{name}: {shown(text)}"
-        if not is_utf8_text(text):
-            return "invalid_utf8", f"{name} has a lone surrogate: {shown(text)}"
-        found = control_character(text)
-        if found is not None:
-            return "control_characters", f"{name} has {shown(found)}: {shown(text)}"
+        problem = text_problem(name, text)
+        if problem is not None:
+            return problem
         if name in (prompt_key, "chosen", "rejected") and not text.strip():
             return "empty", f"{name}: {shown(text)}"
     return None

@@ -19,15 +19,13 @@ from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import file_sha256, read_jsonl, write_jsonl
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import (
-    control_character,
     format_prompt,
-    is_utf8_text,
     prompt_id,
     row_id,
     split_position,
     splits_share_no_prompt,
 )
-from alignment_pipeline.rows import RawRow, load_hub_rows, read_rows, shown
+from alignment_pipeline.rows import RawRow, load_hub_rows, read_rows, shown, text_problem
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.world.generate import generate_rows
 
@@ -133,13 +131,9 @@ def _problem(value: Any, max_chars: int) -> Problem | None:
         return "missing_key", f"no {' and no '.join(missing)} among {shown(sorted(value))}"
     texts = dict(zip(_FIELDS, _texts(value), strict=True))
     for name, text in texts.items():
-        if not isinstance(text, str):
-            return "wrong_type", f"{name}: {shown(text)}"
-        if not is_utf8_text(text):
-            return "invalid_utf8", f"{name} has a lone surrogate: {shown(text)}"
-        found = control_character(text)
-        if found is not None:
-            return "control_characters", f"{name} has {shown(found)}: {shown(text)}"
+        problem = text_problem(name, text)
+        if problem is not None:
+            return problem
     for name in ("instruction", "output"):
         if not texts[name].strip():
             return f"empty_{name}", shown(texts[name])
