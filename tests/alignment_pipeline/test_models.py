@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from alignment_pipeline.configs import SftConfig
 from alignment_pipeline.errors import ModelError
+from alignment_pipeline.generation import generate
 from alignment_pipeline.models import (
     load_causal_lm,
     load_policy,
@@ -20,7 +21,6 @@ from alignment_pipeline.models import (
     save_trained,
     with_adapter,
 )
-from alignment_pipeline.sequences import generate
 
 # Merging computes W + s·BA once where the adapter computes Wx + s·BAx: float32 rounding of logits of size 1 to 10.
 MERGED = {"rtol": 1e-4, "atol": 1e-4}
