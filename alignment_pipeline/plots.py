@@ -5,6 +5,7 @@ No timestamps and no version in the file: the same data gives the same bytes wit
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from alignment_pipeline.progress import metric_series
@@ -54,6 +55,24 @@ def bars(path: Path, values: Mapping[str, tuple[float, float]], title: str, ylab
     heights, half_widths = [value for value, _ in values.values()], [width for _, width in values.values()]
     axes.bar(list(values), heights, yerr=half_widths, color=_colours(len(values)), width=0.6, capsize=4)
     _save(figure, axes, path, legend=False)
+
+
+def spread_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Draw curves of several seeds, one panel each: the seeds thin, their mean thick, one standard deviation around."""
+    figure = _canvas((2 * _PANEL_INCHES * len(panels) / 1.4, _INCHES[1]))
+    for column, ((title, runs), colour) in enumerate(zip(panels.items(), _colours(len(panels)), strict=True), 1):
+        axes = figure.add_subplot(1, len(panels), column)
+        _dress(axes, title, "update", "")
+        steps = range(1, len(runs[0]) + 1)
+        means = [mean(values) for values in zip(*runs, strict=True)]
+        spreads = [stdev(values) if len(values) > 1 else 0.0 for values in zip(*runs, strict=True)]
+        for run in runs:
+            axes.plot(steps, run, color=colour, linewidth=0.7, alpha=0.4)
+        low, high = zip(*((m - s, m + s) for m, s in zip(means, spreads, strict=True)), strict=True)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(steps, means, color=colour, linewidth=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def telling_curves(progress_log: Path) -> dict[str, list[tuple[int, float]]]:
