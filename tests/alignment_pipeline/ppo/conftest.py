@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignment_pipeline.configs import PpoConfig, RewardModelConfig
+from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.generation import Response
-from alignment_pipeline.models import new_scorer, save_trained, with_adapter
 from alignment_pipeline.ppo.plan import minibatches
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.ppo.processes import Processes
@@ -69,21 +68,3 @@ class PpoCase:
 @pytest.fixture
 def ppo_case(tiny_models: Any) -> Callable[..., PpoCase]:
     return lambda *arguments, **config: PpoCase(tiny_models, *arguments, **config)
-
-
-@pytest.fixture
-def reward_artifact(tiny_models: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """A trunk, and a reward model that was trained on it with LoRA: nothing of its adapter and head is zero."""
-
-    def made(architecture: str) -> tuple[Path, Path]:
-        trunk = tiny_models.save(tiny_models.build(architecture), tmp_path / "trunk")
-        model = with_adapter(new_scorer(trunk / "model"), RewardModelConfig(lora_rank=3), "SEQ_CLS")
-        torch.manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.2)
-        save_trained(model, tiny_models.tokenizer, tmp_path / "reward")
-        return trunk, tmp_path / "reward"
-
-    return made
