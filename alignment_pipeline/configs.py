@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
 
-JudgeName = Literal["gold_rule", "reference_chrf"]
+JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
 
 
 class StageConfig(BaseModel):
@@ -42,7 +42,7 @@ class StageConfig(BaseModel):
 
 
 class DataConfig(StageConfig):
-    """Where instruction/input/output rows come from and how they are split by prompt."""
+    """Where rows (instruction, input and output, or plain texts) come from and how they are split by prompt."""
 
     world_rows: int | None = Field(
         None, ge=20, description="Rows to generate from the built-in world of small Python tasks; no file is read."
@@ -56,6 +56,12 @@ class DataConfig(StageConfig):
     hub_name: str | None = Field(None, description="Dataset on the Hugging Face hub, for example owner/name.")
     hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
     hub_split: str = Field("train", description="Split of the hub dataset that is read.")
+    text_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Field that holds plain text; rows are then texts, without instruction and output.",
+    )
+    min_chars: int = Field(0, ge=0, description="Rows whose texts together are shorter go to quarantine.")
     max_chars: int = Field(
         8000, ge=10, description="Rows whose instruction, input and output together are longer go to quarantine."
     )
@@ -100,10 +106,14 @@ class BaseModelConfig(StageConfig):
 
 
 class FormattingConfig(StageConfig):
-    """Prompt template and length limits."""
+    """Prompts and length limits: instructions go into the template, of a plain text the beginning is the prompt."""
 
     max_prompt_tokens: int = Field(256, ge=4, description="Rows with longer prompts are dropped and counted.")
     max_tokens: int = Field(512, ge=8, description="Rows with a longer prompt + response are dropped and counted.")
+    prefix_tokens_min: int = Field(2, ge=1, description="Plain texts only: shortest prompt, tokens of the text.")
+    prefix_tokens_max: int = Field(
+        8, ge=1, description="Plain texts only: longest prompt, tokens; lengths are uniform, both bounds included."
+    )
 
 
 class AdapterFields(StageConfig):

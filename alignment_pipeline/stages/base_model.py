@@ -29,7 +29,7 @@ from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, save_model
 from alignment_pipeline.pacing import Pacer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.prompts import format_prompt
+from alignment_pipeline.prompts import format_prompt, is_plain_text
 from alignment_pipeline.stage import StageResult, StageSpec
 
 PAD, EOS = "<pad>", "</s>"
@@ -60,9 +60,14 @@ def prepare_base_model(spec: StageSpec[BaseModelConfig], log: ProgressLog) -> St
 def unpaired_documents(rows: Sequence[dict[str, Any]], seed: int) -> list[str]:
     """Prompts and outputs of the rows as separate documents in a seeded order.
 
-    A prompt's document ends before `### Response:`, so that no document holds what follows it.
+    A prompt's document ends before `### Response:`, so that no document holds what follows it. A plain text is a
+    document as it is.
     """
-    prompts = [format_prompt(row["instruction"], row["input"]).partition("### Response:")[0] for row in rows]
+    prompts = [
+        format_prompt(row["instruction"], row["input"]).partition("### Response:")[0]
+        for row in rows
+        if not is_plain_text(row)
+    ]
     documents = [*(prompt.rstrip() for prompt in prompts), *(row["output"] for row in rows)]
     random.Random(seed).shuffle(documents)
     return documents
