@@ -120,7 +120,7 @@ def test_an_input_file_counts_by_content_and_not_by_its_path(engine: Compute, tm
 
 
 def test_a_missing_file_is_named_with_the_remedy_and_recorded(engine: Compute, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nope\.jsonl does not exist.*--set data\.path=FILE"):
+    with pytest.raises(DataError, match=r"nope\.jsonl does not exist.*--set data\.path=PATH"):
         from_file(engine, tmp_path / "nope.jsonl")
     assert events(engine)[-1]["event"] == "failed" and "nope.jsonl" in events(engine)[-1]["error"]
 
