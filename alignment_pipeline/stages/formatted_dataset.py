@@ -157,8 +157,8 @@ def cut_text(text: str, tokenizer: Any, tokens: int) -> tuple[str, str]:
     """The beginning of a text, `tokens` tokens long, and the rest; two empty texts where there is no place to cut.
 
     A place to cut is where beginning and rest, tokenized apart, are the text's own tokens; the beginning is longer than
-    asked for up to the next such place. A tokenizer that puts a space before every text can only be cut between words,
-    and the rest is then without its leading space, just as a continuation by the policy decodes.
+    asked for up to the next such place. With a tokenizer that puts a space before every text that is between words, and
+    the rest is then without its leading space, just as a continuation by the policy decodes.
     """
     (ids,) = _token_ids(tokenizer, [text])
     for cut in range(tokens, len(ids)):
