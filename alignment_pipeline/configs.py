@@ -193,7 +193,9 @@ class RewardClassifierConfig(StageConfig):
     path: str | None = Field(
         None, description="Folder of a sequence classifier (safetensors) and tokenizer.", json_schema_extra=UNKEYED
     )
-    hub_name: str | None = Field(None, description="Classifier on the hub, for example lvwerra/distilbert-imdb.")
+    hub_name: str | None = Field(
+        None, description="Sequence classifier on the Hugging Face hub, for example owner/name."
+    )
     hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
     train_path: str | None = Field(
         None,

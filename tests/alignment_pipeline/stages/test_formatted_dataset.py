@@ -237,18 +237,19 @@ def test_a_prompt_that_several_splits_have_is_kept_in_the_one_that_is_held_out_m
         for split in SPLITS
     }  # fmt: skip
     others = [text_row(f"{number} x {split}", split) for number, split in enumerate(SPLITS)]
-    rows = [row for split in SPLITS for row in same[split]] + others
+    shouted = text_row("ZQ is a name", "train")
+    rows = [*(row for split in SPLITS for row in same[split]), *others, shouted, text_row("zq is a name too", "test")]
     two = {"prefix_tokens_min": 2, "prefix_tokens_max": 2}
     result, output = format_rows(tmp_path, tokenizer_artifact, rows, **two)
     kept = {split: read_jsonl(output / f"{split}.jsonl") for split in SPLITS}
     owner = {
         normalised(line["prompt"]): split for split in reversed(SPLITS[1:]) for line in kept[split]
     }  # a prompt's split is the first of test and validation that has it
-    assert "test" in owner.values() and len(owner) < 6
+    assert "test" in owner.values() and len(owner) < 7
     dropped = {line["id"]: line["reason"] for line in read_jsonl(output / "dropped.jsonl")}
     assert set(dropped.values()) == {"prompt_is_held_out"}
     assert {line["id"] for line in kept["test"]} >= {row["id"] for row in same["test"]}
-    assert set(dropped) >= {row["id"] for split in ("train", "validation") for row in same[split]}
+    assert set(dropped) >= {row["id"] for split in ("train", "validation") for row in same[split]} | {shouted["id"]}
     assert next(check for check in result.checks if check.name == "splits_share_no_prompt").passed
 
 
