@@ -111,6 +111,17 @@ def test_log_probabilities_of_responses_are_those_of_the_full_logits(tiny_models
         torch.testing.assert_close(torch.tensor(scored), sums, rtol=0, atol=ROUNDING)
 
 
+def test_a_chosen_log_probability_has_the_gradient_of_the_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens, weights = torch.tensor([0, 8, 3, 3, 5]), torch.randn(5, generator=generator, dtype=torch.float64)
+    expected = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    found = chosen_logprobs(logits, tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)  # nine terms in double precision
+    (gradient,), (wanted,) = (torch.autograd.grad((weights * given).sum(), logits) for given in (found, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_adapters_log_probabilities_are_the_wrapped_models(tiny_models: Any, architecture: str) -> None:
     model = with_adapter(tiny_models.build(architecture), SftConfig(lora_rank=2), "CAUSAL_LM").eval()
