@@ -125,15 +125,15 @@ def reward_artifact(tiny_models: Any, tmp_path: Path) -> Callable[[str], tuple[P
     """A trunk, and a reward model that was trained on it with LoRA: nothing of its adapter and head is zero."""
 
     def made(architecture: str) -> tuple[Path, Path]:
-        trunk = tiny_models.save(tiny_models.build(architecture), tmp_path / "trunk")
+        trunk = tiny_models.save(tiny_models.build(architecture), tmp_path / "adapted" / "trunk")
         model = with_adapter(new_scorer(trunk / "model"), RewardModelConfig(lora_rank=3), "SEQ_CLS")
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(std=0.2)
-        save_trained(model, tiny_models.tokenizer, tmp_path / "reward")
-        return trunk, tmp_path / "reward"
+        save_trained(model, tiny_models.tokenizer, tmp_path / "adapted" / "reward")
+        return trunk, tmp_path / "adapted" / "reward"
 
     return made
 
