@@ -64,3 +64,14 @@ def test_the_text_field_and_the_bounds_of_a_texts_length_count() -> None:
     plain = DataConfig(path="a", text_field="text").keyed_values()
     assert plain != DataConfig(path="a").keyed_values()
     assert plain != DataConfig(path="a", text_field="text", min_chars=200).keyed_values()
+
+
+def test_a_reward_function_counts_by_its_name_and_its_files_content() -> None:
+    def of(reference: str | None) -> PpoConfig:
+        return PpoConfig(reward_function=reference)
+
+    assert of("a/rewards.py:f").keyed_values() == of("b/other.py:f").keyed_values()
+    assert of("a/rewards.py:f").keyed_values() != of("a/rewards.py:g").keyed_values() != of(None).keyed_values()
+    assert of("a/rewards.py:f").input_files() == {"reward_function": Path("a/rewards.py")}
+    assert of(None).input_files() == {}
+    assert "reward_function" not in of(None).keyed_values()
