@@ -1,3 +1,4 @@
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -133,7 +134,7 @@ class TestNumbersThatAreNotFinite:
             "def reward(prompts, responses):\n"
             "    return [float('nan') if p in ('3:', '7:') else 0.0 for p in prompts]\n"
         )  # fmt: skip
-        with pytest.raises(ModelError, match=r"PPO update 1: Found the score that is .* nothing was published") as caught:
+        with pytest.raises(ModelError, match=r"PPO update 1: Found the score .* nothing was published") as caught:
             toy.train(reward_function=reference)
         assert list((toy.folder / "output").iterdir()) == []
         path = toy.folder / "work" / NON_FINITE_FILE
@@ -256,7 +257,7 @@ def test_updates_with_a_table_are_spread_from_the_first_to_the_last(updates: int
     tabled = sorted(ppo_policy._tabled(updates))
     assert (tabled[0], tabled[-1]) == (0, updates - 1)
     assert len(tabled) == min(10, updates)
-    gaps = [later - earlier for earlier, later in zip(tabled, tabled[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tabled)]
     assert max(gaps, default=1) - min(gaps, default=1) <= 1
 
 
