@@ -309,10 +309,11 @@ class PpoConfig(AdapterFields):
     )
     value_clip_range: float = Field(0.2, gt=0, description="Clip of the value estimate around its rollout value.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
-    value_trunk: Literal["shared", "detached", "separate"] = Field(
+    value_trunk: Literal["shared", "detached", "separate", "reward_model"] = Field(
         "shared",
-        description="What the value head reads: the policy's hidden states, with or without a gradient into them, or a "
-        "trunk (with LoRA: an adapter) of its own.",
+        description="What the value head reads: the policy's hidden states, with (shared) or without (detached) a "
+        "gradient into them; or a trunk (with LoRA: an adapter) of its own, which starts as the policy's (separate) or "
+        "as the reward model, head included. An own trunk costs time and memory, and learns more for each nat of KL.",
     )
     value_warmup_updates: int = Field(0, ge=0, description="First updates that train the value model alone.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")

@@ -51,6 +51,7 @@ class Recipe(BaseModel):
             *self._text_problems(),
             *self._missing_stages(),
             *self._reward_problems(),
+            *self._value_problems(),
             *self._number_problems(),
         ):
             raise ValueError(message)
@@ -141,6 +142,14 @@ class Recipe(BaseModel):
     def _reward_of_ppo(self) -> object:
         """What PPO is rewarded by, or None."""
         return (self.ppo and self.ppo.reward_function) or self.reward_model or self.reward_classifier
+
+    def _value_problems(self) -> Iterable[str]:
+        ppo = self.ppo
+        if ppo and ppo.value_trunk == "reward_model" and (ppo.reward_function or not self.reward_model):
+            yield (
+                "ppo.value_trunk: found reward_model, but PPO is not rewarded by a reward_model section; "
+                "expected one, or shared, detached or separate"
+            )
 
     def _number_problems(self) -> Iterable[str]:
         base, ppo = self.base_model, self.ppo

@@ -2,8 +2,9 @@
 
 With LoRA all four are one model in memory: the policy is the trunk with its adapter, the reference the trunk without,
 a reward model that was trained with LoRA on the same trunk is the trunk with that adapter, and the values are a linear
-head on the policy's last hidden state (or, with `value_trunk: separate`, on the trunk with an adapter of their own).
-With full fine-tuning the reference (and a separate value trunk) is a copy. The value head starts at zero.
+head on the policy's last hidden state, or on the trunk with an adapter of their own (`value_trunk`: separate or
+reward_model). With full fine-tuning the reference, and a value trunk of its own, are copies. The value head starts at
+zero, or as the reward model's.
 
 Shapes: `B` responses, `T` response columns, `N` response tokens of a batch in row order.
 """
@@ -46,28 +47,51 @@ class Evaluation:
 class PolicyWithValue:
     """The trained model, its value model, and a way to see it as it was before training."""
 
-    def __init__(self, trunk: Any, config: PpoConfig, reward_adapter: Path | None = None) -> None:
+    def __init__(
+        self, trunk: Any, config: PpoConfig, reward_adapter: Path | None = None, reward_model: Any = None
+    ) -> None:
+        """Make a policy of a trunk, which is changed in place.
+
+        Args:
+            trunk: Causal language model.
+            config: Of the stage.
+            reward_adapter: Artifact of a reward model that was trained with LoRA on the trunk; it moves in.
+            reward_model: A reward model that stays apart; read only where values start as the reward model.
+        """
         self._config = config
         self._frozen = copy.deepcopy(trunk).requires_grad_(False) if config.method == "full" else None
-        self._value_trunk = None
-        if config.value_trunk == "separate" and config.method == "full":
-            self._value_trunk = copy.deepcopy(causal_lm_of(trunk).base_model)
+        own_copy, own_adapter = own_value_model(config, reward_adapter is not None)
+        source = reward_model if config.value_trunk == "reward_model" else causal_lm_of(trunk)
+        if own_copy and source is None:
+            raise ValueError("value_trunk is reward_model, expected a reward model to start from")
+        self._value_trunk = copy.deepcopy(source.base_model).requires_grad_(True) if own_copy else None
         self.model = with_adapter(trunk, config, "CAUSAL_LM")
         self.model.eval()  # no dropout in rollouts or updates; gradients flow all the same
-        self._value_adapter = config.value_trunk == "separate" and config.method == "lora"
-        self._score_head: torch.nn.Module | None = None
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self._value_adapter:
-            self.model.add_adapter(_VALUE_ADAPTER, lora_config(config, "CAUSAL_LM"))
+        self._score_head: torch.nn.Linear | None = None
         if reward_adapter is not None:
             self._score_head = add_reward_adapter(self.model, reward_adapter, _REWARD_ADAPTER)
-        hidden_size = causal_lm_of(self.model).get_output_embeddings().in_features
-        self.value_head = torch.nn.Linear(hidden_size, 1).to(trunk.device)
-        torch.nn.init.zeros_(self.value_head.weight)
-        torch.nn.init.zeros_(self.value_head.bias)
+        self._value_adapter = own_adapter
+        start = self._score_head if reward_model is None else reward_model.score
+        if own_adapter and config.value_trunk == "reward_model" and reward_adapter is not None:
+            add_reward_adapter(self.model, reward_adapter, _VALUE_ADAPTER)
+        elif own_adapter:
+            self.model.add_adapter(_VALUE_ADAPTER, lora_config(config, "CAUSAL_LM"))
+        self.value_head = self._new_value_head(start if config.value_trunk == "reward_model" else None)
         self._trained_values = [*self._named_value_parameters().values()]
         self._restore_gradients()
         self._active = self.model
+
+    def _new_value_head(self, start: torch.nn.Linear | None) -> torch.nn.Linear:
+        """A head of zeros, or a copy of a score head: the value of a prefix is then the score that it would get."""
+        lm_head = causal_lm_of(self.model).get_output_embeddings()
+        head = torch.nn.Linear(lm_head.in_features if start is None else start.in_features, 1)
+        with torch.no_grad():
+            head.bias.zero_()
+            head.weight.zero_()
+            if start is not None and self._config.score_normalization == "none":  # else it has another unit
+                head.weight.copy_(start.weight)
+        return head.to(self.model.device)
 
     @property
     def device(self) -> str:
@@ -208,6 +232,14 @@ class PolicyWithValue:
         if self._value_trunk is not None:
             named |= dict(self._value_trunk.named_parameters("value_trunk"))
         return named
+
+
+def own_value_model(config: PpoConfig, reward_on_trunk: bool) -> tuple[bool, bool]:
+    """Whether the values have a copy of a trunk of their own, and whether they have an adapter of their own."""
+    if config.value_trunk not in ("separate", "reward_model"):
+        return False, False
+    adapter = config.method == "lora" and (config.value_trunk == "separate" or reward_on_trunk)
+    return not adapter, adapter
 
 
 def entropies_of(logits: torch.Tensor) -> torch.Tensor:

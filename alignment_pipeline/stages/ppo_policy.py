@@ -50,10 +50,8 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
     log = processes.log_of_main(log)
     tokenizer = load_tokenizer(spec.inputs["trunk"])
     torch.manual_seed(spec.seed)
-    policy = _policy(spec, processes.device)
-    trainer = PpoTrainer(
-        policy, _scorer(spec, policy, tokenizer), tokenizer, _prompts(spec, tokenizer), config, spec.seed, processes
-    )
+    policy, score = _policy_and_score(spec, tokenizer, processes.device)
+    trainer = PpoTrainer(policy, score, tokenizer, _prompts(spec, tokenizer), config, spec.seed, processes)
     history, samples = _resume(spec, trainer, log)
     pacer = Pacer(config.checkpoint_every_s)
     for number in range(trainer.updates_done, config.updates):
@@ -85,25 +83,22 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
     )
 
 
-def _policy(spec: StageSpec[PpoConfig], device: str) -> PolicyWithValue:
-    """The trunk as policy; a reward model that is an adapter of the same trunk moves in with it."""
-    reward_model = spec.inputs.get("reward_model")
-    shares = spec.config.method == "lora" and reward_model is not None and (reward_model / ADAPTER_FOLDER).exists()
+def _policy_and_score(spec: StageSpec[PpoConfig], tokenizer: Any, device: str) -> tuple[PolicyWithValue, ScoreFunction]:
+    """The trunk as policy, and what it is rewarded by. A reward adapter of the same trunk moves in with the policy."""
+    config, pad_id = spec.config, tokenizer.pad_token_id
     trunk = load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, device)
-    return PolicyWithValue(trunk, spec.config, reward_model if shares else None)
-
-
-def _scorer(spec: StageSpec[PpoConfig], policy: PolicyWithValue, tokenizer: Any) -> ScoreFunction:
-    config = spec.config
+    artifact = spec.inputs.get("reward_model")
     if config.reward_function is not None:
-        return FunctionScorer(config.reward_function)
-    if "reward_classifier" in spec.inputs:
-        classifier = ClassifierScorer.load(spec.inputs["reward_classifier"], device=policy.device)
-        return ClassifierReward(classifier, tokenizer, config.generation_batch_size)
-    if policy.holds_reward_adapter:
-        return SharedTrunkScorer(policy, tokenizer.pad_token_id, config.generation_batch_size)
-    reward_model = load_scorer(spec.inputs["reward_model"], spec.inputs["trunk"], policy.device)
-    return RewardModelScorer(reward_model, tokenizer.pad_token_id, config.generation_batch_size)
+        return PolicyWithValue(trunk, config), FunctionScorer(config.reward_function)
+    if artifact is None:
+        classifier = ClassifierScorer.load(spec.inputs["reward_classifier"], device=device)
+        return PolicyWithValue(trunk, config), ClassifierReward(classifier, tokenizer, config.generation_batch_size)
+    if config.method == "lora" and (artifact / ADAPTER_FOLDER).exists():
+        policy = PolicyWithValue(trunk, config, reward_adapter=artifact)
+        return policy, SharedTrunkScorer(policy, pad_id, config.generation_batch_size)
+    model = load_scorer(artifact, spec.inputs["trunk"], device)
+    policy = PolicyWithValue(trunk, config, reward_model=model)
+    return policy, RewardModelScorer(model, pad_id, config.generation_batch_size)
 
 
 def _prompts(spec: StageSpec[PpoConfig], tokenizer: Any) -> list[Prompt]:
