@@ -8,8 +8,8 @@ and with them the one policy that maximizes E[r] - β KL(π ‖ π_ref), which f
 Belongs here: the problem (a real, tiny transformers model, its tokenizer, a rule that scores) and pure mathematics over
 all its responses. Training on it by the project's own PPO and DPO is in `oracle_training`.
 
-Shape key: `N` = V^T all responses in lexical order, `T` response tokens, `V` vocabulary, `D` parameters, `K` directions.
-Probabilities are natural logarithms in float64.
+Shape key: `N` = V^T all responses in lexical order, `T` response tokens, `V` vocabulary, `D` parameters, `K` directions
+of a gradient. Probabilities are natural logarithms in float64.
 
 Source: Rafailov et al. 2023, arXiv 2305.18290, equation 4 and appendix A.1.
 """
@@ -18,6 +18,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from alignment_pipeline.errors import DataError
+from alignment_pipeline.ppo.advantages import gae
 from alignment_pipeline.sequences import generate
 
 VOCABULARY = "abcd"
@@ -35,6 +36,9 @@ RESPONSE_TOKENS = 3
 
 GRADIENT_FALSE_ALARM_RATE = 1e-4
 """How often `check_gradient` would reject a right estimator, over all its directions, if seeds were drawn anew."""
+
+GAE_TOLERANCE = 1e-12
+"""Of `gae_error`: float64 sums of three terms of order one are right to about 1e-15."""
 
 _INIT_STD = 0.2  # π_ref is then far from uniform, and still every response turns up among some thousand samples
 _HIDDEN_SIZE = 32
@@ -247,9 +251,10 @@ def draw_pairs(problem: Problem, count: int, seed: int) -> tuple[torch.Tensor, t
         drawn = drawn.view(count, 2)
         pairs = torch.cat([pairs, drawn[drawn[:, 0] != drawn[:, 1]]])
     first, second = pairs[:count].T
-    is_first = torch.rand(count, generator=generator, dtype=torch.float64) < (
-        problem.rewards[first] - problem.rewards[second]
-    ).sigmoid()
+    is_first = (
+        torch.rand(count, generator=generator, dtype=torch.float64)
+        < (problem.rewards[first] - problem.rewards[second]).sigmoid()
+    )
     return torch.where(is_first, first, second), torch.where(is_first, second, first)
 
 
@@ -299,9 +304,7 @@ def check_gradient(problem: Problem, samples: int, seed: int, directions: int = 
     )
 
 
-def gae_by_definition(
-    rewards: list[float], values: list[float], gamma: float, gae_lambda: float
-) -> list[float]:
+def gae_by_definition(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
     """Advantages of one response as the double sum Σ_l (γλ)^l (r_{t+l} + γ V_{t+l+1} - V_{t+l}), term by term."""
     following = [*values[1:], 0.0]
     return [
@@ -313,29 +316,38 @@ def gae_by_definition(
     ]
 
 
+def gae_error(seed: int, rows: int = 64) -> float:
+    """Largest difference between `gae` and `gae_by_definition`, over random rewards, values, γ and λ."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, rows, RESPONSE_TOKENS, generator=generator, dtype=torch.float64)
+    coefficients = torch.rand(rows, 2, generator=generator).tolist()
+    worst = 0.0
+    for row, (gamma, gae_lambda) in enumerate(coefficients):
+        part = slice(row, row + 1)
+        found, _ = gae(rewards[part], values[part], torch.ones(1, RESPONSE_TOKENS, dtype=torch.bool), gamma, gae_lambda)
+        expected = gae_by_definition(rewards[row].tolist(), values[row].tolist(), gamma, gae_lambda)
+        worst = max(worst, float((found[0] - torch.tensor(expected, dtype=torch.float64)).abs().max()))
+    return worst
+
+
 @torch.no_grad()
-def enumeration_costs(model: Any, longest: int, extrapolate: list[tuple[int, int]]) -> list[EnumerationCost]:
+def enumeration_costs(model: Any, longest: int, extrapolate: Sequence[tuple[int, int]]) -> list[EnumerationCost]:
     """Time Z for responses of 1 to `longest` tokens, then extrapolate to other vocabularies and lengths.
 
     Args:
         model: The tiny model.
         longest: Most response tokens that are measured.
-        extrapolate: Vocabulary sizes and lengths. Their time is V^T at the time a response of the longest measured
-            row: a lower bound, since larger models and longer responses take more.
-
-    Raises:
-        DataError: The probabilities of a length do not sum to one, so that the enumeration missed something.
+        extrapolate: Vocabulary sizes and lengths. Their time is V^T at the last measured row's time a response: a lower
+            bound, since larger models and longer responses take more.
     """
     rows = []
     vocab_size = len(VOCABULARY)
     for length in range(1, longest + 1):
         started = time.perf_counter()
-        parts = torch.split(all_responses(vocab_size, length), _CHUNK)
-        total = torch.cat([response_logprobs(model, part) for part in parts]).exp().sum().item()
-        seconds = time.perf_counter() - started
-        if abs(total - 1) > 1e-9:  # sums of 16,384 float64 numbers are right to about 1e-12
-            raise DataError(f"Found probabilities of length {length} that sum to {total}, expected 1.")
-        rows.append(_cost(vocab_size, length, math.log10(seconds), measured=True))
+        responses = all_responses(vocab_size, length)
+        logprobs = torch.cat([response_logprobs(model, part) for part in torch.split(responses, _CHUNK)])
+        optimum(logprobs, reward(responses), beta=1.0)
+        rows.append(_cost(vocab_size, length, math.log10(time.perf_counter() - started), measured=True))
     per_response = rows[-1].log10_seconds - rows[-1].log10_responses
     for size, length in extrapolate:
         rows.append(_cost(size, length, per_response + length * math.log10(size), measured=False))

@@ -13,7 +13,7 @@ import torch
 from transformers import PrinterCallback
 
 from alignment_pipeline.configs import DpoConfig, PpoConfig
-from alignment_pipeline.errors import RecipeError
+from alignment_pipeline.errors import AlignmentError
 from alignment_pipeline.oracle import (
     PROMPT,
     PROMPT_IDS,
@@ -33,13 +33,17 @@ from alignment_pipeline.sequences import Response, sum_logprobs
 from alignment_pipeline.stage import StageSpec
 
 EPSILON_NATS = 0.01
-"""KL(π ‖ π*) below which a policy counts as converged. PPO ends some ten times below; DPO's pairs are counted for it."""
+"""KL(π ‖ π*) below which a policy counts as converged. DPO's number of pairs follows from it."""
+
+FIRST_LOSS_TOLERANCE = 1e-5
+"""Of DPO's first loss and ln 2: float32 log-probabilities computed in two batch shapes differ by about 1e-6."""
 
 PPO_UPDATES = 100
 MAX_PAIRS = 1_000_000
 _SAMPLING_ERROR_NATS = EPSILON_NATS / 8  # what finitely many pairs may cost DPO, in expectation
 _MIN_PAIRS = 40_000  # fewer make too few optimizer steps
 _DPO_BATCH = 256
+_ROLLOUT = 512
 _POINTS = 20  # of PPO's way in the plot
 
 Watch = Callable[[int, int], None]
@@ -63,10 +67,11 @@ class Trained:
 
 def ppo_config(beta: float, updates: int = PPO_UPDATES) -> PpoConfig:
     """PPO whose objective is exactly E[r] - β KL: no discount, no bootstrap, no penalty for having no end token."""
-    return PpoConfig(
-        method="full", kl_coef=beta, updates=updates, max_new_tokens=RESPONSE_TOKENS, missing_eos_penalty=0.0,
-        gamma=1.0, gae_lambda=1.0, learning_rate=1e-3, rollout_batch_size=512, minibatch_size=512, ppo_epochs=2,
-        value_clip_range=0.5,
+    return PpoConfig.model_validate(
+        {"method": "full", "kl_coef": beta, "gamma": 1.0, "gae_lambda": 1.0, "missing_eos_penalty": 0.0,
+         "max_new_tokens": RESPONSE_TOKENS, "updates": updates, "rollout_batch_size": _ROLLOUT,
+         "minibatch_size": _ROLLOUT, "generation_batch_size": _ROLLOUT, "ppo_epochs": 2, "learning_rate": 1e-3,
+         "value_clip_range": 0.5}
     )  # fmt: skip
 
 
@@ -98,13 +103,13 @@ def pairs_needed(problem: Problem, beta: float) -> int:
     """Pairs whose sampling error is small against ε; it grows with 1 / β².
 
     Raises:
-        RecipeError: β is so small that this would be more than `MAX_PAIRS`.
+        AlignmentError: β is so small that this would be more than `MAX_PAIRS`.
     """
     count = round(dpo_sampling_error(problem, beta, 1) / _SAMPLING_ERROR_NATS)
     if count > MAX_PAIRS:
-        raise RecipeError(
-            f"β = {beta:g}: found that DPO needs {count:,} pairs to come within {EPSILON_NATS} nats of the optimum, "
-            f"expected at most {MAX_PAIRS:,}. Use a larger β."
+        raise AlignmentError(
+            f"β = {beta:g}: found that DPO needs {count:,} pairs to come within {EPSILON_NATS:g} nats of the optimum, "
+            f"expected at most {MAX_PAIRS:,} (the number grows with 1/β²). Use a larger β."
         )
     return max(_MIN_PAIRS, count)
 
@@ -129,16 +134,14 @@ def train_dpo(
 
     score_labelled_positions_only()
     seed_everything(seed)
-    config = DpoConfig(
-        method="full", beta=beta, learning_rate=1e-3, batch_size=_DPO_BATCH, epochs=1.0, checkpoint_every_s=1e9
+    config = DpoConfig.model_validate(
+        {"method": "full", "beta": beta, "learning_rate": 1e-3, "batch_size": _DPO_BATCH, "checkpoint_every_s": 1e9}
     )
     spec = StageSpec(config, {}, folder / "output", folder / "work", seed)
     model = copy.deepcopy(problem.model)
     trainer = TokenizedDPOTrainer(
         model=model,
-        args=TrlDpoConfig(
-            **trainer_arguments(spec, config), beta=beta, max_length=None, precompute_ref_log_probs=True
-        ),
+        args=TrlDpoConfig(**trainer_arguments(spec, config), beta=beta, max_length=None, precompute_ref_log_probs=True),
         train_dataset=dataset_of(_pair_rows(problem, pairs or pairs_needed(problem, beta), seed), "preference pairs"),
         processing_class=problem.tokenizer,
     )
@@ -166,9 +169,7 @@ class _WatchedLog(ProgressLog):
 def _pair_rows(problem: Problem, count: int, seed: int) -> list[dict[str, object]]:
     """Rows of `TokenizedDPOTrainer`; the reference log-probabilities are those of `reference_logprobs`' function."""
     responses = problem.responses.tolist()
-    ref_logprobs = sum_logprobs(
-        problem.model, [PROMPT_IDS] * len(responses), responses, 0, batch_size=len(responses)
-    )
+    ref_logprobs = sum_logprobs(problem.model, [PROMPT_IDS] * len(responses), responses, 0, batch_size=len(responses))
     chosen, rejected = (index.tolist() for index in draw_pairs(problem, count, seed))
     return [
         {"prompt_ids": PROMPT_IDS, "chosen_ids": responses[better], "rejected_ids": responses[worse],
