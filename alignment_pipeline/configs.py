@@ -190,26 +190,89 @@ class DpoConfig(TrainerFields):
 
 
 class PpoConfig(AdapterFields):
-    """Proximal policy optimization against the reward model (arXiv 1707.06347, 2403.17031)."""
+    """Proximal policy optimization against a reward (arXiv 1707.06347, 2403.17031)."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="Learning rate of policy and value head, linear to zero.")
+    reward_function: str | None = Field(
+        None,
+        description="file.py:function, a reward written in Python: function(prompts, responses) takes two lists of "
+        "texts and returns a list of numbers. Stands in for reward_model. Relative as data.path is.",
+        json_schema_extra=UNKEYED,
+    )
     updates: int = Field(40, ge=1, description="Rollout and update rounds.")
     rollout_batch_size: int = Field(64, ge=2, description="Responses sampled each round.")
     minibatch_size: int = Field(32, ge=1, description="Responses an optimizer step; divides rollout_batch_size.")
+    microbatch_size: int | None = Field(
+        None, ge=1, description="Responses a forward and backward pass, for less memory; null is a whole minibatch."
+    )
+    generation_batch_size: int = Field(128, ge=1, description="Responses sampled, and scored by the reward, together.")
     ppo_epochs: int = Field(2, ge=1, description="Passes over each round's rollout.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of the policy.")
+    value_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of what only the values use; null is the policy's."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the learning rates fall over the updates: to zero, or not at all."
+    )
+    warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of updates with rising learning rates.")
+    min_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Each response's longest length is drawn between this and max_new_tokens; null gives all the most.",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature, also used for every log-probability.")
-    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (k1 estimator).")
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="Taken off the (normalised, clipped) score of a response that does not end."
+    )
+    score_normalization: Literal["none", "running", "first_rollout"] = Field(
+        "none",
+        description="Scores less their mean, over their standard deviation: of all rollouts so far, or of the first "
+        "one, which the reference policy sampled.",
+    )
+    score_clip: float | None = Field(None, gt=0, description="Scores are clipped to ± this; null leaves them.")
+    reward_whitening: Literal["none", "scale"] = Field(
+        "none", description="scale divides a rollout's per-token rewards by their standard deviation, mean kept."
+    )
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward; the first one.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="Estimate of a token's KL in the reward, by its log-ratio x: x, x²/2, or e^-x - 1 + x."
+    )
+    kl_target_nats: float | None = Field(
+        None, gt=0, description="KL a response that the coefficient adapts to; null keeps the coefficient fixed."
+    )
+    kl_horizon: int = Field(10_000, ge=1, description="Responses over which the coefficient may change by a fifth.")
     clip_range: float = Field(0.2, gt=0, description="Clip of the probability ratio around 1.")
+    clip_range_high: float | None = Field(None, gt=0, description="Clip of the ratio above 1; null is clip_range.")
+    dual_clip: float | None = Field(
+        None, gt=1, description="Bound of the loss at negative advantages (arXiv 1912.09729, usually 3); null is none."
+    )
     value_clip_range: float = Field(0.2, gt=0, description="Clip of the value estimate around its rollout value.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    value_trunk: Literal["shared", "detached", "separate"] = Field(
+        "shared",
+        description="What the value head reads: the policy's hidden states, with or without a gradient into them, or a "
+        "trunk (with LoRA: an adapter) of its own.",
+    )
+    value_warmup_updates: int = Field(0, ge=0, description="First updates that train the value model alone.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    approx_kl_stop: float | None = Field(
+        None, gt=0, description="A round's updates end before a step at which KL(old ‖ now) a token is above this."
+    )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a token.")
     gae_lambda: float = Field(0.95, gt=0, le=1, description="GAE's bias-variance trade-off (arXiv 1506.02438).")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
-    missing_eos_penalty: float = Field(1.0, ge=0, description="Taken off the score of a response that does not end.")
     checkpoint_every_s: float = Field(
         30.0, gt=0, description="Seconds between checkpoints in the work folder.", json_schema_extra=UNKEYED
     )
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; of a reward function its name counts, and its file by content."""
+        name = self.reward_function.rpartition(":")[2] if self.reward_function else None
+        return super().keyed_values() | ({"reward_function": name} if name else {})
+
+    def input_files(self) -> dict[str, Path]:
+        """The file of a reward function."""
+        return {"reward_function": Path(self.reward_function.rpartition(":")[0])} if self.reward_function else {}
 
 
 class EvaluationConfig(StageConfig):

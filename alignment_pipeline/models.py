@@ -5,12 +5,14 @@ recipe's trunk). Which trunk an adapter belongs to is known from the manifest's 
 adapter's config.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +27,8 @@ from alignment_pipeline.errors import ModelError
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
+POLICY_ADAPTER = "default"
+"""PEFT's name of the adapter that is trained and saved; others may stand beside it on the same trunk."""
 
 # Every name under which the supported architectures keep a dropout rate. OPT applies dropout as a function of its
 # config, so that turning off nn.Dropout modules, as TRL's `disable_dropout` does, is not enough.
@@ -114,6 +118,33 @@ def lora_config(config: AdapterFields, task_type: str) -> LoraConfig:
     )
 
 
+def add_reward_adapter(model: PeftModel, artifact: Path, name: str) -> torch.nn.Linear:
+    """Put a reward model's adapter on the trunk it was trained on, beside the policy's, frozen and not active.
+
+    Args:
+        model: A causal language model with the policy's adapter.
+        artifact: A reward model's artifact with `adapter/`.
+        name: Name of the adapter on the model.
+
+    Returns:
+        The reward model's score head, to be put on the last token's hidden state.
+    """
+    folder = artifact / ADAPTER_FOLDER
+    config = LoraConfig.from_pretrained(str(folder))
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
+    state = load_file(folder / "adapter_model.safetensors")
+    head = {key.rpartition(".")[2]: tensor for key, tensor in state.items() if key.split(".")[-2] == "score"}
+    model.add_adapter(name, config)
+    adapter = {key: tensor for key, tensor in state.items() if key.split(".")[-2] != "score"}
+    missing = set_peft_model_state_dict(model, adapter, adapter_name=name).missing_keys
+    if any(f".{name}." in key for key in missing) or "weight" not in head:
+        raise ModelError(f"{folder}: found {len(adapter)} adapter tensors that do not fit this trunk, expected all to.")
+    model.set_adapter(POLICY_ADAPTER)
+    score = torch.nn.Linear(head["weight"].shape[1], 1, bias="bias" in head)
+    score.load_state_dict(head)
+    return score.to(model.device).requires_grad_(False)
+
+
 def save_trained(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, merge: bool = False) -> None:
     """Write a trained model: an adapter to `adapter/`; all weights (or, with `merge`, the merged trunk) to `model/`.
 
@@ -122,12 +153,12 @@ def save_trained(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Pat
     """
     require_finite(model)
     if isinstance(model, PeftModel):
-        for adapter in model.peft_config.values():
-            # Parents are found through the manifest. None would not do: PEFT then writes the trunk's path.
-            adapter.base_model_name_or_path = ""
-            if isinstance(adapter.target_modules, set):  # its order is another one in each process
-                adapter.target_modules = sorted(adapter.target_modules)
-        model.save_pretrained(output_dir / ADAPTER_FOLDER)
+        adapter = model.peft_config[POLICY_ADAPTER]
+        # Parents are found through the manifest. None would not do: PEFT then writes the trunk's path.
+        adapter.base_model_name_or_path = ""
+        if isinstance(adapter.target_modules, set):  # its order is another one in each process
+            adapter.target_modules = sorted(adapter.target_modules)
+        model.save_pretrained(output_dir / ADAPTER_FOLDER, selected_adapters=[POLICY_ADAPTER])
         (output_dir / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a card without content
         if not merge:
             return
@@ -140,6 +171,20 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path)
     require_finite(model)
     model.save_pretrained(output_dir / MODEL_FOLDER)
     tokenizer.save_pretrained(output_dir / MODEL_FOLDER)
+
+
+def merged(model: Any) -> Any:
+    """The model with its adapter merged into its weights, in place; as it is where it has none."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def weights_sha256(model: Any) -> str:
+    """Hash of all weights by name, type, shape and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def require_finite(model: Any) -> None:

@@ -39,6 +39,16 @@ def curves(
     _save(figure, axes, path, legend=bool(series))
 
 
+def score_against_kl(path: Path, history: Sequence[Sequence[float]]) -> None:
+    """Draw the way of a policy: score against KL (nats a response) at each update, later ones darker."""
+    figure, axes = _figure("Score against distance from the reference", "KL, nats a response", "score")
+    scores, kls = [score for score, _ in history], [kl for _, kl in history]
+    axes.plot(kls, scores, color=_COLOURS[5], alpha=0.3, linewidth=1)
+    points = axes.scatter(kls, scores, c=range(1, len(history) + 1), cmap="viridis_r", s=18, zorder=2)
+    figure.colorbar(points, ax=axes, label="update")
+    _save(figure, axes, path, legend=False)
+
+
 def bars(path: Path, values: Mapping[str, tuple[float, float]], title: str, ylabel: str) -> None:
     """Draw a bar for each name from its value and the half width of its interval."""
     figure, axes = _figure(title, "", ylabel)

@@ -71,11 +71,15 @@ class Recipe(BaseModel):
             (self.pairs, "pairs", self.labelling or self.feedback, "a labelling or feedback section as source"),
             (self.reward_model, "reward_model", self.pairs, "a pairs section to learn from"),
             (self.dpo, "dpo", self.pairs, "a pairs section to learn from"),
-            (self.ppo, "ppo", self.reward_model, "a reward_model section to be rewarded by"),
+            (self.ppo, "ppo", self._reward_of_ppo(), "a reward_model section or ppo.reward_function"),
         )
         for section, name, needed, expected in needs:
             if section is not None and needed is None:
                 yield f"{name}: found without what it needs, expected {expected}"
+
+    def _reward_of_ppo(self) -> object:
+        """What PPO is rewarded by, or None."""
+        return (self.ppo and self.ppo.reward_function) or self.reward_model
 
     def _number_problems(self) -> Iterable[str]:
         base, ppo = self.base_model, self.ppo
@@ -93,11 +97,30 @@ class Recipe(BaseModel):
                     f"base_model.max_positions: found {base.max_positions}, expected at least {longest}, "
                     "the longest sequence that formatting and max_new_tokens allow"
                 )
-        if ppo and ppo.rollout_batch_size % ppo.minibatch_size:
-            yield (
-                f"ppo.minibatch_size: found {ppo.minibatch_size}, expected a divisor of "
-                f"rollout_batch_size ({ppo.rollout_batch_size})"
-            )
+        if ppo:
+            yield from _ppo_problems(ppo)
+
+
+def _ppo_problems(ppo: configs.PpoConfig) -> Iterable[str]:
+    if ppo.rollout_batch_size % ppo.minibatch_size:
+        yield (
+            f"ppo.minibatch_size: found {ppo.minibatch_size}, expected a divisor of "
+            f"rollout_batch_size ({ppo.rollout_batch_size})"
+        )
+    if ppo.microbatch_size is not None and ppo.minibatch_size % ppo.microbatch_size:
+        yield (
+            f"ppo.microbatch_size: found {ppo.microbatch_size}, expected a divisor of "
+            f"minibatch_size ({ppo.minibatch_size})"
+        )
+    if ppo.min_new_tokens is not None and ppo.min_new_tokens > ppo.max_new_tokens:
+        yield f"ppo.min_new_tokens: found {ppo.min_new_tokens}, expected at most max_new_tokens ({ppo.max_new_tokens})"
+    if ppo.value_warmup_updates >= ppo.updates:
+        yield (
+            f"ppo.value_warmup_updates: found {ppo.value_warmup_updates}, expected fewer than updates ({ppo.updates}), "
+            "or the policy is never trained"
+        )
+    if ppo.kl_target_nats is not None and ppo.kl_coef == 0:
+        yield "ppo.kl_target_nats: found with kl_coef 0, which it could never change; expected kl_coef above 0"
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -1,4 +1,4 @@
-"""Prompts and responses as tensors: packing, generation, and log-probabilities of responses.
+"""Prompts and responses as tensors: packing, and log-probabilities of responses. Sampling them is in `generation`.
 
 Shape key: `B` responses, `L` prompt and response tokens after right padding, `N` response tokens in a batch, `V`
 vocabulary. `*_mask` is True where the token counts.
@@ -9,18 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TokenIds = list[int]
-
-
-@dataclass(frozen=True)
-class Response:
-    """One generated response: its tokens (the end token included when `ended`) and its text without the end token."""
-
-    token_ids: TokenIds
-    text: str
-    ended: bool
 
 
 @dataclass(frozen=True)
@@ -36,6 +27,12 @@ class TokenBatch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     response_mask: torch.Tensor
+
+    @property
+    def response_columns(self) -> torch.Tensor:
+        """(B, T) mask of the responses alone, left-aligned; `T` is the longest one's length."""
+        lengths = self.response_mask.sum(1)
+        return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
     def rows(self, index: torch.Tensor) -> "TokenBatch":
         """Some of the batch's rows, padding that none of them needs cut off."""
@@ -85,47 +82,6 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-@torch.inference_mode()
-def generate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[TokenIds],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int,
-    seed: int,
-) -> list[Response]:
-    """Sample one response for each prompt, in the prompts' order.
-
-    Prompts are left-padded in batches of similar length. Sampling is from the full distribution at `temperature`
-    (no top-k, no top-p); 0 is greedy. The same seed, prompts and batch size give the same responses on one machine.
-    """
-    settings = generation_config(tokenizer, max_new_tokens, temperature)
-    responses: dict[int, Response] = {}
-    for number, rows in enumerate(by_length([len(prompt) for prompt in prompts], batch_size)):
-        torch.manual_seed(seed * 1_000_003 + number)
-        padded = tokenizer.pad(
-            {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(**padded, generation_config=settings)
-        generated = output[:, padded["input_ids"].shape[1] :].tolist()
-        for row, token_ids in zip(rows, generated, strict=True):
-            responses[row] = _cut(token_ids, tokenizer)
-    return [responses[row] for row in range(len(prompts))]
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """Sampling without truncation at a temperature, or greedy at 0."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{"do_sample": False, **sampling},
-    )
-
-
 def response_logits(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Logits that predict each response token; the head is applied at those positions only.
 
@@ -136,11 +92,12 @@ def response_logits(model: Any, batch: TokenBatch) -> torch.Tensor:
 
 
 def response_hidden(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """Hidden states (N, H) at the positions that predict each response token."""
-    causal_lm = causal_lm_of(model)
-    hidden = causal_lm.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
-    ).last_hidden_state
+    """Hidden states (N, H) at the positions that predict each response token.
+
+    No attention mask is given: padding is on the right, where a causal model's real tokens cannot see it, and without a
+    mask attention takes its fast path.
+    """
+    hidden = causal_lm_of(model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     selected: torch.Tensor = hidden[:, :-1][batch.response_mask[:, 1:]]
     return selected
 
@@ -164,7 +121,13 @@ def response_tokens(batch: TokenBatch) -> torch.Tensor:
 
 def chosen_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[token]: (N, V), (N,) → (N,)."""
-    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+
+
+def in_columns(values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+    """Per-token values (N,) as (B, T), a row a response, zero where a response has ended."""
+    mask = batch.response_columns
+    return torch.zeros(mask.shape, device=values.device, dtype=values.dtype).masked_scatter(mask, values)
 
 
 def per_row(values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
@@ -185,11 +148,3 @@ def sum_logprobs(
         logprobs = chosen_logprobs(response_logits(model, batch), response_tokens(batch))
         sums.update(zip(rows, per_row(logprobs, batch).tolist(), strict=True))
     return [sums[row] for row in range(len(lengths))]
-
-
-def _cut(token_ids: TokenIds, tokenizer: PreTrainedTokenizerBase) -> Response:
-    eos = tokenizer.eos_token_id
-    ended = eos in token_ids
-    kept = token_ids[: token_ids.index(eos) + 1] if ended else token_ids
-    text = tokenizer.decode(kept[:-1] if ended else kept, skip_special_tokens=True)
-    return Response(kept, str(text), ended)

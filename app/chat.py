@@ -37,8 +37,9 @@ def chat_with(
         raise MissingArtifactError(f"{policy} of {recipe.name} has not been made yet. Run `align run {recipe.name}`.")
     trunk = _trunk_of(store, current[policy])
     console.print("Loading…", style="dim")
+    from alignment_pipeline.generation import generate
     from alignment_pipeline.models import load_policy, load_tokenizer
-    from alignment_pipeline.sequences import encode, generate
+    from alignment_pipeline.sequences import encode
 
     tokenizer = load_tokenizer(store.verify(trunk))
     with warnings.catch_warnings():

@@ -25,6 +25,13 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
     "reward_model": (
         ("reward_model_beats_length_baseline", _WARNING, "Held-out accuracy is above preferring by length alone."),
     ),
+    "ppo_policy": (
+        (
+            "saved_policy_is_the_trained_one",
+            _BLOCKING,
+            "What was written is what was trained, and not the trunk.",
+        ),
+    ),
     "evaluation": (("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),),
 }
 

@@ -81,7 +81,12 @@ STAGE_ASSETS: dict[str, StageAsset] = {
         on_gpu=True,
     ),
     "dpo_policy": StageAsset("The trunk trained on the pairs directly, without a reward model.", _MODEL, on_gpu=True),
-    "ppo_policy": StageAsset("The trunk trained by reinforcement against the reward model.", _MODEL, on_gpu=True),
+    "ppo_policy": StageAsset(
+        "The trunk trained by reinforcement (PPO) against the recipe's reward.",
+        _MODEL,
+        ("extras/samples.jsonl",),
+        on_gpu=True,
+    ),
     "evaluation": StageAsset(
         "One policy's answers to test prompts, scored by the recipe's judge; read by the comparison.",
         frozenset({"pytorch", "table"}),

@@ -1,31 +1,9 @@
-"""Rewards a token, generalized advantage estimation, and whitening, as pure functions of tensors.
+"""Generalized advantage estimation and whitening, as pure functions of tensors.
 
-`B` responses, `T` columns (prompt, response and padding); `mask` is True on response tokens, contiguous in a row.
+`B` responses, `T` response columns; `mask` is True on response tokens, contiguous in a row.
 """
 
 import torch
-
-
-def token_rewards(
-    scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
-    """The KL penalty on every response token, and the score on the last: -c (log π - log π_ref) + score.
-
-    Args:
-        scores: (B,)
-        logprobs: (B, T) at sampling.
-        ref_logprobs: (B, T) under the reference policy.
-        mask: (B, T), True on response tokens.
-        kl_coef: c, per nat.
-
-    Returns:
-        (B, T), zero outside the mask.
-
-    Source: Ziegler et al. 2019, arXiv 1909.08593, equation 2; the k1 estimator of the KL a token.
-    """
-    rewards = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
-    last = _last_column(mask)
-    return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
 def gae(
@@ -58,14 +36,18 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Shift and scale to mean 0 and variance 1 over the columns that count; zero elsewhere. (B, T) → (B, T)."""
+def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
+    """Scale to variance 1 over the columns that count, and shift to mean 0 unless the mean is kept.
+
+    Args:
+        values: (B, T)
+        mask: (B, T), True where a column counts.
+        shift_mean: False for rewards, whose sign means something.
+
+    Returns:
+        (B, T), zero outside the mask.
+    """
     counted = values[mask]
-    scale = torch.rsqrt(counted.var(unbiased=False) + 1e-8)
-    return torch.where(mask, (values - counted.mean()) * scale, 0.0)
-
-
-def _last_column(mask: torch.Tensor) -> torch.Tensor:
-    """Column of each row's last response token: (B, T) → (B,)."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, columns, -1).max(dim=1).values.clamp(min=0)
+    mean = counted.mean()
+    whitened = (values - mean) * torch.rsqrt(counted.var(unbiased=False) + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)

@@ -1,10 +1,13 @@
-"""PPO's losses as pure functions of tensors.
+"""PPO's losses, one a token, as pure functions of tensors.
 
-`B` responses, `T` columns (prompt, response and padding), masks True on response tokens. Other columns may hold
-anything.
+`B` responses, `T` response columns, masks True on response tokens. Other columns may hold anything and come out as 0.
+Means are the trainer's: it adds up tokens over microbatches and processes and divides by the whole minibatch's count.
 """
 
 import torch
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to this before exp, as OpenRLHF does: exp(20) is large and finite in float32."""
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -12,14 +15,16 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
-def policy_loss(
+def policy_losses(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
     clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate: -mean min(r A, clip(r, 1-ε, 1+ε) A), with r = exp(logprobs - old_logprobs).
+    """Clipped surrogate of each token: -min(r A, clip(r, 1-ε, 1+ε') A), with r = exp(logprobs - old_logprobs).
 
     Args:
         logprobs: (B, T) log-probabilities under the policy that is trained.
@@ -27,23 +32,29 @@ def policy_loss(
         advantages: (B, T)
         mask: (B, T), True on response tokens.
         clip_range: ε.
+        clip_range_high: ε'; ε if left out.
+        dual_clip: c > 1: where A < 0 the loss is at most -c A, however large the ratio. None: unbounded.
 
     Returns:
-        The loss () and the share of tokens whose ratio was clipped ().
+        Losses (B, T), and (B, T) bool, True where the clip decides (the gradient is zero there).
 
-    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7.
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7; dual clip: Ye et al. 2019, arXiv 1912.09729, equation 5.
     """
-    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
-    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
-    clipped = (-advantages * clipped_ratio > -advantages * ratio).float()
-    return masked_mean(losses, mask), masked_mean(clipped, mask)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio, advantages = torch.exp(log_ratio), torch.where(mask, advantages, 0.0)
+    high = clip_range if clip_range_high is None else clip_range_high
+    plain, limited = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + high)
+    losses, clipped = torch.maximum(plain, limited), limited > plain
+    if dual_clip is not None:
+        bounded = (advantages < 0) & (losses > -dual_clip * advantages)
+        losses, clipped = torch.where(bounded, -dual_clip * advantages, losses), clipped | bounded
+    return losses, clipped
 
 
-def value_loss(
+def value_losses(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip_range: float
-) -> torch.Tensor:
-    """Clipped value error: ½ mean max((V - R)², (clip(V, V_old ± ε) - R)²).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped value error of each token: ½ max((V - R)², (clip(V, V_old ± ε) - R)²).
 
     Args:
         values: (B, T) values now.
@@ -52,18 +63,22 @@ def value_loss(
         mask: (B, T), True on response tokens.
         clip_range: ε.
 
+    Returns:
+        Losses (B, T), and (B, T) bool, True where the clip decides.
+
     Source: https://github.com/openai/baselines/blob/ea25b9e8/baselines/ppo2/model.py#L68-L75
     """
     # Masked before the squares: a NaN in another column would reach the gradient through them.
     values, old_values, returns = (torch.where(mask, column, 0.0) for column in (values, old_values, returns))
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+    limited = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain_error, limited_error = (values - returns) ** 2, (limited - returns) ** 2
+    return 0.5 * torch.maximum(plain_error, limited_error), limited_error > plain_error
 
 
-def approx_kl(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """KL(old ‖ now) a token, by the k3 estimator (r - 1) - log r: unbiased and never negative.
+def approx_kls(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """KL(old ‖ now) at each token, by the k3 estimator (r - 1) - log r: (B, T), unbiased and never negative.
 
     Source: http://joschu.net/blog/kl-approx.html
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(log_ratio) - log_ratio

@@ -14,6 +14,7 @@ from sacrebleu.metrics import BLEU
 
 from alignment_pipeline import atomic
 from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.generation import generate
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES, judge
 from alignment_pipeline.models import load_policy, load_scorer, load_tokenizer
@@ -23,7 +24,6 @@ from alignment_pipeline.sequences import (
     TokenIds,
     by_length,
     encode,
-    generate,
     pack,
     per_row,
     response_logits,

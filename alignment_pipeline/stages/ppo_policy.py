@@ -1,166 +1,176 @@
-"""`ppo_policy`: the trunk trained by proximal policy optimization against the reward model.
+"""`ppo_policy`: the trunk trained by proximal policy optimization against a reward. The method is in `ppo.trainer`.
 
-TRL has no PPO since 1.13, so the loop is ours: rollout → rewards → advantages → clipped updates (arXiv 1707.06347,
-with the details of arXiv 2403.17031). Departures:
-
-1. One trunk serves as policy, reference (adapters off) and value model.
-2. Old log-probabilities come from the training forward pass, so that the first ratio is 1.
-3. Dropout is off throughout.
+Beside the policy, `extras/` gets a table of sampled responses over the training, and a plot of score against KL.
 """
 
-import random
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from alignment_pipeline import checkpoint
+from alignment_pipeline import atomic, checkpoint, plots
 from alignment_pipeline.configs import PpoConfig
-from alignment_pipeline.errors import DataError, ModelError
-from alignment_pipeline.identity import read_jsonl
-from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_scorer, load_tokenizer, save_trained
+from alignment_pipeline.errors import DataError, ModelError, NonFiniteError
+from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.models import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    load_causal_lm,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    merged,
+    save_trained,
+    weights_sha256,
+)
 from alignment_pipeline.pacing import Pacer
-from alignment_pipeline.ppo.losses import approx_kl, masked_mean, policy_loss, value_loss
 from alignment_pipeline.ppo.policy import PolicyWithValue
-from alignment_pipeline.ppo.rollout import Rollout, collect
+from alignment_pipeline.ppo.processes import Processes
+from alignment_pipeline.ppo.rollout import Prompt, Rollout, ScoreFunction
+from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import TokenIds, encode
-from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.scorers import FunctionScorer, RewardModelScorer, SharedTrunkScorer
+from alignment_pipeline.sequences import encode
+from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
+
+NON_FINITE_FILE = "non_finite_rows.json"
+_TABLES = 10  # updates whose first responses are kept
+_ROWS_A_TABLE = 4
+
+State = dict[str, Any]
 
 
 def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
-    """Train the policy; the reported score and KL are means over the last tenth of the updates."""
-    config = spec.config
+    """Train the policy; the reported score and KL are means over the last tenth of the updates.
+
+    Raises:
+        NonFiniteError: A NaN or an infinity turned up; the rows are in the work folder's `non_finite_rows.json`.
+    """
+    config, processes = spec.config, Processes(spec.device)
+    log = processes.log_of_main(log)
     tokenizer = load_tokenizer(spec.inputs["trunk"])
-    reward_model = load_scorer(spec.inputs["reward_model"], spec.inputs["trunk"], spec.device)
     torch.manual_seed(spec.seed)
-    policy = PolicyWithValue(load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, spec.device), config)
-    prompts = _prompts(spec, tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / config.updates)
-    start, history, tokens = _resume(spec, policy, optimizer, schedule, log)
+    policy = _policy(spec, processes.device)
+    trainer = PpoTrainer(
+        policy, _scorer(spec, policy, tokenizer), tokenizer, _prompts(spec, tokenizer), config, spec.seed, processes
+    )
+    history, samples = _resume(spec, trainer, log)
     pacer = Pacer(config.checkpoint_every_s)
-    for update in range(start, config.updates):
-        chosen = _prompts_of_update(prompts, config.rollout_batch_size, spec.seed, update)
-        rollout = collect(policy, reward_model, tokenizer, chosen, config, seed=spec.seed * 7919 + update)
-        metrics = rollout_metrics(rollout, config) | _update_policy(
-            policy, optimizer, rollout, config, spec.seed, update
-        )
-        schedule.step()
-        tokens += float(rollout.batch.attention_mask.sum())
+    for number in range(trainer.updates_done, config.updates):
+        metrics = _update(spec, trainer, log)
         history.append([metrics["objective/score"], metrics["objective/kl"]])
-        log.step("ppo", update + 1, config.updates, metrics | {"train/tokens": tokens})
-        if pacer.is_due() and update + 1 < config.updates:
-            state = {"trained": policy.trained_state(), "optimizer": optimizer.state_dict(),
-                     "schedule": schedule.state_dict(), "history": history, "tokens": tokens}  # fmt: skip
-            checkpoint.save_state(spec.work_dir, update + 1, state)
-    save_trained(policy.model, tokenizer, spec.output_dir)
+        if number in _tabled(config.updates) and trainer.rollout is not None:
+            samples.extend(_sample_rows(number + 1, trainer.rollout))
+        log.step("ppo", number + 1, config.updates, metrics)
+        if processes.is_main and pacer.is_due() and number + 1 < config.updates:
+            state = {"trainer": trainer.state(), "history": history, "samples": samples}
+            checkpoint.save_state(spec.work_dir, number + 1, state)
+    checks: tuple[StageCheck, ...] = ()
+    if processes.is_main:
+        save_trained(policy.model, tokenizer, spec.output_dir)
+        write_jsonl(spec.output_dir / "extras" / "samples.jsonl", samples)
+        plots.score_against_kl(spec.output_dir / "extras" / "score_kl.png", history)
+        checks = (_saved_is_trained(spec, policy),)
+    processes.wait()
     last = history[-max(1, len(history) // 10) :]
+    score, kl = (sum(values) / len(last) for values in zip(*last, strict=True))
     return StageResult(
         {
-            "objective/score": sum(score for score, _ in last) / len(last),
-            "objective/kl": sum(kl for _, kl in last) / len(last),
-            "objective/score_gain": sum(score for score, _ in last) / len(last) - history[0][0],
+            "objective/score": score,
+            "objective/kl": kl,
+            "objective/score_gain": score - history[0][0],
             "train/updates": float(config.updates),
-        }
+        },
+        checks,
     )
 
 
-def rollout_metrics(rollout: Rollout, config: PpoConfig) -> dict[str, float]:
-    """Metrics of a rollout under the field's names; KL in nats a response."""
-    mask = rollout.batch.response_mask
-    errors = torch.where(mask, rollout.returns - rollout.old_values, 0.0)[mask]
-    variance = rollout.returns[mask].var(unbiased=False)
-    return {
-        "objective/score": rollout.scores.mean().item(),
-        "objective/kl": rollout.kl_nats.mean().item(),
-        "objective/reward": (rollout.scores - config.kl_coef * rollout.kl_nats).mean().item(),
-        "response/mean_tokens": mask.sum(1).float().mean().item(),
-        "response/eos_rate": rollout.ended.float().mean().item(),
-        "value/explained_variance": (1 - errors.var(unbiased=False) / (variance + 1e-8)).item(),
-    }
+def _policy(spec: StageSpec[PpoConfig], device: str) -> PolicyWithValue:
+    """The trunk as policy; a reward model that is an adapter of the same trunk moves in with it."""
+    reward_model = spec.inputs.get("reward_model")
+    shares = spec.config.method == "lora" and reward_model is not None and (reward_model / ADAPTER_FOLDER).exists()
+    trunk = load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, device)
+    return PolicyWithValue(trunk, spec.config, reward_model if shares else None)
 
 
-def _update_policy(
-    policy: PolicyWithValue,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    config: PpoConfig,
-    seed: int,
-    update: int,
-) -> dict[str, float]:
-    """Several epochs of minibatch steps on one rollout; returns the mean of each metric over the steps."""
-    generator = torch.Generator().manual_seed(seed * 104_729 + update)
-    steps: list[dict[str, float]] = []
-    for _ in range(config.ppo_epochs):
-        order = torch.randperm(config.rollout_batch_size, generator=generator)
-        for rows in torch.split(order, config.minibatch_size):
-            steps.append(_minibatch_step(policy, optimizer, rollout, rows.to(policy.device), config))
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+def _scorer(spec: StageSpec[PpoConfig], policy: PolicyWithValue, tokenizer: Any) -> ScoreFunction:
+    config = spec.config
+    if config.reward_function is not None:
+        return FunctionScorer(config.reward_function)
+    if policy.holds_reward_adapter:
+        return SharedTrunkScorer(policy, tokenizer.pad_token_id, config.generation_batch_size)
+    reward_model = load_scorer(spec.inputs["reward_model"], spec.inputs["trunk"], policy.device)
+    return RewardModelScorer(reward_model, tokenizer.pad_token_id, config.generation_batch_size)
 
 
-def _minibatch_step(
-    policy: PolicyWithValue, optimizer: torch.optim.Optimizer, rollout: Rollout, rows: torch.Tensor, config: PpoConfig
-) -> dict[str, float]:
-    part = rollout.batch.rows(rows)
-    width, mask = part.input_ids.shape[1], part.response_mask
-    old_logprobs, old_values, advantages, returns = (
-        tensor[rows, :width]
-        for tensor in (rollout.old_logprobs, rollout.old_values, rollout.advantages, rollout.returns)
-    )
-    logprobs, values, entropies = policy.evaluate(part, config.temperature)
-    surrogate, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_range)
-    error = value_loss(values, old_values, returns, mask, config.value_clip_range)
-    loss = surrogate + config.value_coef * error
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    if not torch.isfinite(norm):
-        raise ModelError(
-            "PPO's gradient is not finite; the weights were left as they were and nothing was published. "
-            "Lower ppo.learning_rate or raise ppo.kl_coef."
-        )
-    optimizer.step()
-    return {
-        "loss/policy": surrogate.item(),
-        "loss/value": error.item(),
-        "policy/approx_kl": approx_kl(logprobs.detach(), old_logprobs, mask).item(),
-        "policy/clip_fraction": clip_fraction.item(),
-        "policy/entropy": masked_mean(entropies, mask).item(),
-        "train/grad_norm": norm.item(),
-    }
-
-
-def _prompts(spec: StageSpec[PpoConfig], tokenizer: Any) -> list[TokenIds]:
+def _prompts(spec: StageSpec[PpoConfig], tokenizer: Any) -> list[Prompt]:
     rows = read_jsonl(spec.inputs["dataset"] / "train.jsonl")
-    prompts = encode(tokenizer, sorted({row["prompt"] for row in rows}))
-    if len(prompts) < spec.config.rollout_batch_size:
+    unique = sorted({row["prompt"]: row["prompt_id"] for row in reversed(rows)}.items())
+    if len(unique) < spec.config.rollout_batch_size:
         raise DataError(
-            f"Found {len(prompts)} training prompts, expected at least ppo.rollout_batch_size "
+            f"Found {len(unique)} training prompts, expected at least ppo.rollout_batch_size "
             f"({spec.config.rollout_batch_size}). Lower it or add data."
         )
-    return prompts
+    token_ids = encode(tokenizer, [text for text, _ in unique])
+    return [Prompt(identity, text, ids) for (text, identity), ids in zip(unique, token_ids, strict=True)]
 
 
-def _prompts_of_update(prompts: Sequence[TokenIds], count: int, seed: int, update: int) -> list[TokenIds]:
-    """A function of seed and update alone, so that a resumed run sees the same prompts."""
-    return random.Random(f"{seed}/{update}").sample(list(prompts), count)
+def _update(spec: StageSpec[PpoConfig], trainer: PpoTrainer, log: ProgressLog) -> dict[str, float]:
+    """One update; rows with numbers that are not finite are recorded before the stage stops."""
+    try:
+        return trainer.update()
+    except NonFiniteError as error:
+        record = {"update": trainer.updates_done + 1, "problem": str(error), "prompt_ids": error.row_ids}
+        spec.work_dir.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(spec.work_dir / NON_FINITE_FILE, record)
+        log.note(f"Update {trainer.updates_done + 1}: {error}")
+        raise ModelError(
+            f"PPO update {trainer.updates_done + 1}: {error}. The weights are as the last good step left them and "
+            f"nothing was published. The rows are listed in {spec.work_dir / NON_FINITE_FILE}. Look at them, lower "
+            "ppo.learning_rate, or raise ppo.kl_coef."
+        ) from error
 
 
-def _resume(
-    spec: StageSpec[PpoConfig],
-    policy: PolicyWithValue,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    log: ProgressLog,
-) -> tuple[int, list[list[float]], float]:
-    """Updates done, their scores and KLs, and tokens trained on; the policy and optimizer as they were then."""
+def _tabled(updates: int) -> set[int]:
+    """Updates whose responses are kept: evenly spaced, the first and the last among them."""
+    return {round(number * (updates - 1) / max(1, _TABLES - 1)) for number in range(_TABLES)}
+
+
+def _sample_rows(update: int, rollout: Rollout) -> list[State]:
+    return [
+        {
+            "update": update,
+            "prompt_id": rollout.prompts[row].row_id,
+            "prompt": rollout.prompts[row].text,
+            "response": rollout.responses[row].text,
+            "score": rollout.scores[row].item(),
+            "kl_nats": rollout.kl_nats[row].item(),
+            "tokens": len(rollout.responses[row].token_ids),
+            "ended": rollout.responses[row].ended,
+        }
+        for row in range(min(_ROWS_A_TABLE, len(rollout.responses)))
+    ]
+
+
+def _saved_is_trained(spec: StageSpec[PpoConfig], policy: PolicyWithValue) -> StageCheck:
+    """What was written is what was trained, and not what training started from: by hashes of all weights."""
+    trunk = spec.inputs["trunk"]
+    parent = weights_sha256(load_causal_lm(trunk / MODEL_FOLDER, policy.device))
+    trained = weights_sha256(merged(policy.model))
+    saved = weights_sha256(load_policy(spec.output_dir, trunk, policy.device))
+    return StageCheck(
+        "saved_policy_is_the_trained_one",
+        saved == trained != parent,
+        f"Weights: trained {trained[:12]}, read back {saved[:12]}, before training {parent[:12]}.",
+        blocking=True,
+    )
+
+
+def _resume(spec: StageSpec[PpoConfig], trainer: PpoTrainer, log: ProgressLog) -> tuple[list[list[float]], list[State]]:
+    """Scores and KLs of the updates done and their sample rows; the trainer as it was then."""
     state = checkpoint.load_state(spec.work_dir, spec.device)
     if state is None:
-        return 0, [], 0.0
-    policy.load_trained_state(state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    history: list[list[float]] = state["history"]
-    log.note(f"Resuming after update {len(history)} of {spec.config.updates}.")
-    return len(history), history, state["tokens"]
+        return [], []
+    trainer.load_state(state["trainer"])
+    history, samples = state["history"], state["samples"]
+    log.note(f"Resuming after update {trainer.updates_done} of {spec.config.updates}.")
+    return history, samples

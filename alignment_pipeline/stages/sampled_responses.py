@@ -4,10 +4,11 @@ import random
 from typing import Any
 
 from alignment_pipeline.configs import SamplingConfig
+from alignment_pipeline.generation import generate
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import encode, generate
+from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 
 MAX_EMPTY_SHARE = 0.5

@@ -1,0 +1,102 @@
+"""Where PPO's scores come from: a reward model, or a function written in Python.
+
+Each scorer is called with prompts and responses and gives a score for each response. A response was cut at its first
+end token; a reward model of the same tokenizer reads its tokens, everything else its text.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignment_pipeline.errors import RecipeError
+from alignment_pipeline.generation import Response
+from alignment_pipeline.ppo.policy import PolicyWithValue
+from alignment_pipeline.ppo.rollout import Prompt
+from alignment_pipeline.reward import score_responses
+from alignment_pipeline.sequences import by_length, pack
+
+
+class RewardModelScorer:
+    """A reward model in its own memory that shares the policy's tokenizer."""
+
+    def __init__(self, model: Any, pad_id: int, batch_size: int) -> None:
+        self._model, self._pad_id, self._batch_size = model, pad_id, batch_size
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        """Scores in the order of the responses."""
+        return score_responses(
+            self._model, [prompt.token_ids for prompt in prompts], [response.token_ids for response in responses],
+            self._pad_id, self._batch_size,
+        )  # fmt: skip
+
+
+class SharedTrunkScorer:
+    """A reward model that is an adapter and a score head on the policy's own trunk."""
+
+    def __init__(self, policy: PolicyWithValue, pad_id: int, batch_size: int) -> None:
+        self._policy, self._pad_id, self._batch_size = policy, pad_id, batch_size
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        """Scores in the order of the responses."""
+        lengths = [len(p.token_ids) + len(r.token_ids) for p, r in zip(prompts, responses, strict=True)]
+        scores = torch.zeros(len(lengths))
+        for rows in by_length(lengths, self._batch_size):
+            batch = pack(
+                [prompts[row].token_ids for row in rows], [responses[row].token_ids for row in rows],
+                self._pad_id, self._policy.device,
+            )  # fmt: skip
+            scores[rows] = self._policy.reward_scores(batch).cpu()
+        return scores.tolist()
+
+
+class FunctionScorer:
+    """A function of two lists of texts, read from a Python file that the recipe names."""
+
+    def __init__(self, reference: str) -> None:
+        self._reference = reference
+        self._function = _load_function(reference)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        """Scores in the order of the responses.
+
+        Raises:
+            RecipeError: The function raised, or gave something other than one number a response.
+        """
+        try:
+            given = self._function([prompt.text for prompt in prompts], [response.text for response in responses])
+            scores = [float(score) for score in given]
+        except Exception as error:
+            raise RecipeError(f"ppo.reward_function: {self._reference} failed: {error!r}.") from error
+        if len(scores) == len(responses):
+            return scores
+        raise RecipeError(
+            f"ppo.reward_function: {self._reference} returned {len(scores)} scores for {len(responses)} responses, "
+            "expected one for each."
+        )
+
+
+def _load_function(reference: str) -> Callable[[list[str], list[str]], Sequence[float]]:
+    path, _, name = reference.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise RecipeError(
+            f"ppo.reward_function: found {reference!r}, expected file.py:function with a file that exists."
+        )
+    specification = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if specification is None or specification.loader is None:
+        raise RecipeError(f"ppo.reward_function: {path} is not a Python file, expected one.")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise RecipeError(f"ppo.reward_function: {path} cannot be imported: {error!r}.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        defined = ", ".join(sorted(key for key, value in vars(module).items() if callable(value))) or "none"
+        raise RecipeError(
+            f"ppo.reward_function: {path} has no function {name!r}, expected one of those in it: {defined}."
+        )
+    loaded: Callable[[list[str], list[str]], Sequence[float]] = function
+    return loaded
