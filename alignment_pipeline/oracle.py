@@ -26,8 +26,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from alignment_pipeline.generation import generate
 from alignment_pipeline.ppo.advantages import gae
-from alignment_pipeline.sequences import generate
 
 VOCABULARY = "abcd"
 PROMPT = "a"
@@ -89,10 +89,10 @@ class GradientCheck:
 
     Attributes:
         samples: Responses drawn.
-        z_scores: (estimate - exact) / standard error, one a direction.
+        z_scores: (estimate - exact) / standard error, one a direction; first without, then with a baseline.
         bound: What some |z| exceeds with a probability of `GRADIENT_FALSE_ALARM_RATE` if the estimator is unbiased.
         standard_error: Root mean square over the directions.
-        baseline_standard_error: The same with the mean reward taken off every reward.
+        baseline_standard_error: The same with the mean reward taken off every reward, as a value function does.
     """
 
     samples: int
@@ -147,8 +147,8 @@ def all_responses(vocab_size: int, response_tokens: int) -> torch.Tensor:
 def reward(responses: torch.Tensor) -> torch.Tensor:
     """A point for each step up the alphabet, and two for ending on the prompt's `a`: (N, T) → (N,).
 
-    The last token cannot have both, so that what is best for it depends on the tokens before: the best response is
-    `bca` with 4 points, and climbing to the end, `bcd`, has 3.
+    The last token cannot have both, so that what is best for it depends on the tokens before: `bca`, `bda` and `cda`
+    have 4 points, and climbing to the end, `bcd`, has 3.
     """
     prompt = torch.tensor([PROMPT_IDS]).expand(len(responses), -1)
     whole = torch.cat([prompt, responses], 1)
@@ -277,10 +277,10 @@ def exact_gradient(model: Any, problem: Problem) -> torch.Tensor:
 
 
 def check_gradient(problem: Problem, samples: int, seed: int, directions: int = 16) -> GradientCheck:
-    """Compare the mean of r(y) ∇ log π(y) over sampled responses with the exact gradient.
+    """Compare the mean of r(y) ∇ log π(y) over sampled responses, and of (r(y) - E[r]) ∇ log π(y), with ∇E[r].
 
-    Responses come from the project's own sampler. Along each of a few fixed directions the estimate is a mean of
-    independent numbers, so that its z-score is normal; Bonferroni's correction covers the directions.
+    Responses come from the project's own sampler. Along each of a few fixed directions an estimate is a mean of
+    independent numbers, so that its z-score is normal; Bonferroni's correction covers directions and estimators.
     """
     drawn = generate(
         problem.model, problem.tokenizer, [PROMPT_IDS] * samples,
@@ -292,15 +292,17 @@ def check_gradient(problem: Problem, samples: int, seed: int, directions: int = 
     along = scores @ axes  # (N, K)
     exact = exact_gradient(problem.model, problem) @ axes
     rewards = problem.rewards[index][:, None]
-    terms, with_baseline = rewards * along[index], (rewards - rewards.mean()) * along[index]
-    errors = terms.std(0) / math.sqrt(samples)
-    baseline_errors = with_baseline.std(0) / math.sqrt(samples)
+    baseline = mean_reward(problem.ref_logprobs, problem.rewards)
+    terms = torch.stack([rewards * along[index], (rewards - baseline) * along[index]])  # (2, B, K)
+    errors = terms.std(1) / math.sqrt(samples)
+    z_scores = (terms.mean(1) - exact) / errors
+    standard_error, baseline_standard_error = errors.square().mean(1).sqrt().tolist()
     return GradientCheck(
         samples=samples,
-        z_scores=((terms.mean(0) - exact) / errors).tolist(),
-        bound=statistics.NormalDist().inv_cdf(1 - GRADIENT_FALSE_ALARM_RATE / (2 * directions)),
-        standard_error=errors.square().mean().sqrt().item(),
-        baseline_standard_error=baseline_errors.square().mean().sqrt().item(),
+        z_scores=z_scores.flatten().tolist(),
+        bound=statistics.NormalDist().inv_cdf(1 - GRADIENT_FALSE_ALARM_RATE / (2 * z_scores.numel())),
+        standard_error=standard_error,
+        baseline_standard_error=baseline_standard_error,
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback
 
 from alignment_pipeline.configs import DpoConfig, PpoConfig
 from alignment_pipeline.errors import AlignmentError
+from alignment_pipeline.generation import Response
 from alignment_pipeline.oracle import (
     PROMPT,
     PROMPT_IDS,
@@ -27,9 +28,10 @@ from alignment_pipeline.oracle import (
     response_logprobs,
 )
 from alignment_pipeline.ppo.policy import PolicyWithValue
-from alignment_pipeline.ppo.trainer import PpoTrainer, Prompt
+from alignment_pipeline.ppo.rollout import Prompt
+from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog, metric_series
-from alignment_pipeline.sequences import Response, sum_logprobs
+from alignment_pipeline.sequences import sum_logprobs
 from alignment_pipeline.stage import StageSpec
 
 EPSILON_NATS = 0.01

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BETAS = (1.0, 2.0, 4.0)
 _LARGEST_BETA = 10.0
-_GRADIENT_SAMPLES = 4096
+_GRADIENT_SAMPLES = 16_384
 _LONGEST_MEASURED = 7
 _EXTRAPOLATED = ((4, 16), (50_272, 3), (50_272, 53))  # OPT's vocabulary; a short answer's length
 _CURVE_TOLERANCE = 1e-9  # float64 sums over 64 responses are right to about 1e-15; the search for the bound to 1e-11
@@ -101,11 +101,12 @@ def run_oracle(console: Console, betas: Sequence[float], seed: int, updates: int
 def _introduce(console: Console, problem: Problem) -> None:
     from alignment_pipeline.oracle import PROMPT, text_of
 
-    best = text_of(problem.responses[problem.rewards.argmax()])
+    highest = problem.rewards.max()
+    best = ", ".join(text_of(response) for response in problem.responses[problem.rewards == highest])
     console.print(
         f"\nA language model over the letters a, b, c, d answers the prompt [bold]{PROMPT}[/bold] with three letters; "
         "a response gets a point for each step up the alphabet and two for ending on [bold]a[/bold] (best: "
-        f"{best}, {problem.rewards.max():g} points).\nThere are only {len(problem.responses)} responses, so the policy "
+        f"{best}, {highest:g} points).\nThere are only {len(problem.responses)} responses, so the policy "
         "π* that PPO and DPO should find, the maximum of E\\[r] - β KL(π ‖ π_ref), is known exactly: "
         "π*(y) = π_ref(y) exp(r(y)/β) / Z.\n",
         highlight=False,
@@ -134,7 +135,7 @@ def _print_mathematics(console: Console, problem: Problem, seed: int) -> list[_C
     return [
         _Claim(
             f"the log-derivative estimate of ∇E[r] from {gradient.samples:,} samples agrees with the exact gradient",
-            f"largest |z| of {len(gradient.z_scores)} directions {max(map(abs, gradient.z_scores)):.2f}, bound "
+            f"largest of {len(gradient.z_scores)} |z| {max(map(abs, gradient.z_scores)):.2f}, bound "
             f"{gradient.bound:.2f} (false alarms: {oracle.GRADIENT_FALSE_ALARM_RATE:g}); a baseline takes the standard "
             f"error from {gradient.standard_error:.3f} to {gradient.baseline_standard_error:.3f}",
             gradient.holds,

@@ -60,6 +60,10 @@ def problem() -> Problem:
     return build_problem(0)
 
 
+def float64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def best(problem: Problem, beta: float) -> Optimum:
     return optimum(problem.ref_logprobs, problem.rewards, beta)
 
@@ -72,7 +76,7 @@ def random_policies(count: int) -> list[torch.Tensor]:
     """From nearly uniform to nearly deterministic."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(count, 64, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 20, count)[:, None]
-    return list(logits.double().log_softmax(1))
+    return list(logits.log_softmax(1))
 
 
 # The enumeration
@@ -116,7 +120,7 @@ def test_listed_log_probabilities_are_those_of_the_pipeline(problem: Problem) ->
 
 def test_the_optimum_of_a_hand_computed_case() -> None:
     # π_ref = (½, ½) and r / β = (0, ln 3): Z = ½ + ½·3 = 2 and π* = (¼, ¾).
-    found = optimum(torch.tensor([0.5, 0.5]).double().log(), torch.tensor([0.0, 2 * math.log(3)]).double(), beta=2.0)
+    found = optimum(float64(0.5, 0.5).log(), float64(0.0, 2 * math.log(3)), beta=2.0)
     assert found.logprobs.exp().tolist() == pytest.approx([0.25, 0.75], abs=EXACT)
     assert found.log_z == pytest.approx(math.log(2), abs=EXACT)
 
@@ -136,10 +140,12 @@ def test_no_perturbation_of_the_optimum_has_a_higher_objective(problem: Problem,
             assert loss == pytest.approx(beta * kl_divergence(perturbed, found.logprobs), abs=EXACT)
 
 
-def test_the_optimum_goes_from_the_reference_to_the_best_response_as_beta_falls(problem: Problem) -> None:
+def test_the_optimum_goes_from_the_reference_to_the_best_responses_as_beta_falls(problem: Problem) -> None:
     assert kl_divergence(best(problem, 1e6).logprobs, problem.ref_logprobs) < SEARCHED
-    alone = best(problem, 0.01).logprobs.exp()
-    assert text_of(problem.responses[alone.argmax()]) == "bca" and alone.max() == pytest.approx(1, abs=SEARCHED)
+    greedy = best(problem, 0.01).logprobs.exp()
+    highest = problem.rewards == problem.rewards.max()
+    assert [text_of(response) for response in problem.responses[highest]] == ["bca", "bda", "cda"]
+    assert greedy[highest].sum().item() == pytest.approx(1, abs=SEARCHED)
 
 
 def test_the_curve_is_where_the_optima_lie_and_no_policy_is_above_it(problem: Problem) -> None:
@@ -159,7 +165,7 @@ def test_the_curve_is_where_the_optima_lie_and_no_policy_is_above_it(problem: Pr
 
 def test_the_log_derivative_estimate_agrees_with_the_exact_gradient(problem: Problem) -> None:
     """Rejects a right estimator once in 10,000 seeds; this one is fixed."""
-    check = check_gradient(problem, samples=4096, seed=0)
+    check = check_gradient(problem, samples=16_384, seed=0)
     assert check.holds, check
     assert check.baseline_standard_error < 0.6 * check.standard_error
 
@@ -167,9 +173,9 @@ def test_the_log_derivative_estimate_agrees_with_the_exact_gradient(problem: Pro
 def test_samples_at_another_temperature_are_found_out(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     true = oracle.generate
     monkeypatch.setattr(
-        oracle, "generate", lambda *args, temperature, **options: true(*args, temperature=1.1, **options)
+        oracle, "generate", lambda *args, temperature, **options: true(*args, temperature=1.2, **options)
     )
-    assert not check_gradient(problem, samples=4096, seed=0).holds
+    assert not check_gradient(problem, samples=16_384, seed=0).holds
 
 
 def test_the_exact_gradient_is_that_of_finite_differences(problem: Problem) -> None:
@@ -264,8 +270,8 @@ def test_pairs_are_of_different_responses_and_labelled_by_bradley_and_terry(prob
 
 def test_the_sampling_error_of_a_hand_computed_case(problem: Problem) -> None:
     # Two responses: the margin's variance is 1 / (n σ'(Δ)), and KL = π₁ π₂ Var / 2β².
-    ref, rewards, beta, pairs = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.0, 1.0]).double(), 2.0, 100
-    small = dataclasses.replace(problem, ref_logprobs=ref.log(), rewards=rewards)
+    beta, pairs = 2.0, 100
+    small = dataclasses.replace(problem, ref_logprobs=float64(0.3, 0.7).log(), rewards=float64(0.0, 1.0))
     odds = 1 / (1 + math.exp(-1.0))
     one = 0.3 / (0.3 + 0.7 * math.exp(1 / beta))
     expected = one * (1 - one) / (2 * beta**2) / (pairs * odds * (1 - odds))

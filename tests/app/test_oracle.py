@@ -19,7 +19,7 @@ def test_the_command_shows_that_ppo_and_dpo_find_the_optimum_and_draws_it(tmp_pa
     done = align(home, "oracle", "--beta", "4")
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert "✗" not in done.stdout and done.stdout.count(" ✓ ") >= 7
-    for part in ("log Z", "best: bca", "50,272", "extrapolated", "E[r] - β KL", "DPO, 40,000 pairs"):
+    for part in ("log Z", "best: bca, bda, cda", "50,272", "extrapolated", "E[r] - β KL", "DPO, 40,000 pairs"):
         assert part in done.stdout
     assert sorted(path.name for path in (home / "oracle").iterdir()) == ["policies.png", "reward_kl.png"]
     for plot in (home / "oracle").iterdir():
