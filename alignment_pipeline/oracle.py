@@ -344,6 +344,7 @@ def enumeration_costs(model: Any, longest: int, extrapolate: Sequence[tuple[int,
     """
     rows = []
     vocab_size = len(VOCABULARY)
+    response_logprobs(model, all_responses(vocab_size, 1))  # what only the first call costs
     for length in range(1, longest + 1):
         started = time.perf_counter()
         responses = all_responses(vocab_size, length)

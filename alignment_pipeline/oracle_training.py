@@ -41,12 +41,11 @@ FIRST_LOSS_TOLERANCE = 1e-5
 """Of DPO's first loss and ln 2: float32 log-probabilities computed in two batch shapes differ by about 1e-6."""
 
 PPO_UPDATES = 100
-MAX_PAIRS = 1_000_000
+MAX_PAIRS = 250_000  # about a minute of training
 _SAMPLING_ERROR_NATS = EPSILON_NATS / 8  # what finitely many pairs may cost DPO, in expectation
 _MIN_PAIRS = 40_000  # fewer make too few optimizer steps
 _DPO_BATCH = 256
 _ROLLOUT = 512
-_POINTS = 20  # of PPO's way in the plot
 
 Watch = Callable[[int, int], None]
 """Told how many steps of how many are done."""
@@ -58,7 +57,7 @@ class Trained:
 
     Attributes:
         logprobs: (N,) log π of every response.
-        way: Where the policy was in the reward-KL plane while it trained, its end included.
+        way: Where the policy was in the reward-KL plane: before and after each of PPO's updates; DPO's end alone.
         first_metrics: What the trainer reported of its first step.
     """
 
@@ -94,8 +93,7 @@ def train_ppo(problem: Problem, config: PpoConfig, seed: int, watch: Watch | Non
     for update in range(1, config.updates + 1):
         metrics = trainer.update()
         first_metrics = first_metrics or metrics
-        if update % max(1, config.updates // _POINTS) == 0 or update == config.updates:
-            way.append(point_of(problem, _exact_logprobs(policy.model, problem)))
+        way.append(point_of(problem, _exact_logprobs(policy.model, problem)))
         if watch:
             watch(update, config.updates)
     return Trained(_exact_logprobs(policy.model, problem), way, first_metrics)

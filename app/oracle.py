@@ -184,10 +184,12 @@ def _print_policies(console: Console, problem: Problem, outcomes: Sequence[_Outc
     from alignment_pipeline.oracle import kl_divergence, point_of
     from alignment_pipeline.oracle_training import EPSILON_NATS
 
-    table = Table(title=f"Policies and the optimum (ε = {EPSILON_NATS:g} nats)", box=box.SIMPLE_HEAD)
-    table.add_column("β")
+    table = Table(
+        title=f"Policies and the optimum (KL in nats, ε = {EPSILON_NATS:g})", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
+    )
+    table.add_column("β", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for column in ("E\\[r]", "KL(π‖π_ref)", "E\\[r] - β KL", "KL(π‖π*)", "below ε"):
+    for column in ("E\\[r]", "KL(π‖π_ref)", "E\\[r] - β KL", "KL(π‖π*)", "< ε"):
         table.add_column(column, justify="right", no_wrap=True)
     for outcome in outcomes:
         rows = {"reference": problem.ref_logprobs, "optimum": outcome.best.logprobs}

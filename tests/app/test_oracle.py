@@ -33,7 +33,7 @@ def test_a_claim_that_fails_is_marked_and_the_answer_is_no(tmp_path: Path) -> No
     holds = run_oracle(Console(file=written, width=120), [4.0], seed=0, updates=1, folder=tmp_path)
     assert not holds
     failed = [line for line in written.getvalue().splitlines() if line.startswith(" ✗")]
-    assert len(failed) == 1 and failed[0].startswith(" ✗ PPO ends within ε = 0.01 nats of π*: 0.01"), failed
+    assert len(failed) == 1 and failed[0].startswith(" ✗ PPO ends within ε = 0.01 nats of π*: 0."), failed
 
 
 @pytest.mark.parametrize("beta", ["0", "-1", "nan", "11"])
