@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
 
-JudgeName = Literal["gold_rule", "reference_chrf"]
+JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
 
 
 class StageConfig(BaseModel):
@@ -42,7 +42,7 @@ class StageConfig(BaseModel):
 
 
 class DataConfig(StageConfig):
-    """Where instruction/input/output rows come from and how they are split by prompt."""
+    """Where rows (instruction, input and output, or plain texts) come from and how they are split by prompt."""
 
     world_rows: int | None = Field(
         None, ge=20, description="Rows to generate from the built-in world of small Python tasks; no file is read."
@@ -56,6 +56,12 @@ class DataConfig(StageConfig):
     hub_name: str | None = Field(None, description="Dataset on the Hugging Face hub, for example owner/name.")
     hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
     hub_split: str = Field("train", description="Split of the hub dataset that is read.")
+    text_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Field that holds plain text; rows are then texts, without instruction and output.",
+    )
+    min_chars: int = Field(0, ge=0, description="Rows whose texts together are shorter go to quarantine.")
     max_chars: int = Field(
         8000, ge=10, description="Rows whose instruction, input and output together are longer go to quarantine."
     )
@@ -100,10 +106,14 @@ class BaseModelConfig(StageConfig):
 
 
 class FormattingConfig(StageConfig):
-    """Prompt template and length limits."""
+    """Prompts and length limits: instructions go into the template, of a plain text the beginning is the prompt."""
 
     max_prompt_tokens: int = Field(256, ge=4, description="Rows with longer prompts are dropped and counted.")
     max_tokens: int = Field(512, ge=8, description="Rows with a longer prompt + response are dropped and counted.")
+    prefix_tokens_min: int = Field(2, ge=1, description="Plain texts only: shortest prompt, tokens of the text.")
+    prefix_tokens_max: int = Field(
+        8, ge=1, description="Plain texts only: longest prompt, tokens; lengths are uniform, both bounds included."
+    )
 
 
 class AdapterFields(StageConfig):
@@ -174,6 +184,57 @@ class RewardModelConfig(TrainerFields):
     """Bradley–Terry reward model on the SFT trunk."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate (TRL's default is 1e-4).")
+
+
+class RewardClassifierConfig(StageConfig):
+    """A text classifier whose score for a label is the reward: given, or trained small on labelled text."""
+
+    label: str = Field(description="Name of the label whose score is the reward, as in the classifier's id2label.")
+    path: str | None = Field(
+        None, description="Folder of a sequence classifier (safetensors) and tokenizer.", json_schema_extra=UNKEYED
+    )
+    hub_name: str | None = Field(
+        None, description="Sequence classifier on the Hugging Face hub, for example owner/name."
+    )
+    hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
+    train_path: str | None = Field(
+        None,
+        description="JSONL file (.gz too) with text and label (a number or a name) to train a small classifier on. "
+        "Relative to the recipe's folder, or to the current folder when set on the command line.",
+        json_schema_extra=UNKEYED,
+    )
+    label_names: list[str] = Field(
+        ["NEGATIVE", "POSITIVE"], min_length=2, description="Names of the labels 0, 1, … of train_path."
+    )
+    max_chars: int = Field(8000, ge=10, description="Labelled texts that are longer go to quarantine.")
+    validation_fraction: float = Field(0.1, gt=0, lt=0.9, description="Share of labelled texts held out for accuracy.")
+    vocab_size: int = Field(8000, ge=300, description="Tokens of the built byte-level BPE tokenizer, special included.")
+    hidden_size: int = Field(64, ge=8, description="Width of the built encoder; an even multiple of num_heads.")
+    num_layers: int = Field(1, ge=1, description="Layers of the built encoder; 1 suits a few thousand sentences.")
+    num_heads: int = Field(4, ge=1, description="Attention heads a layer of the built encoder.")
+    max_positions: int = Field(256, ge=8, description="Longest text of the built encoder, tokens; its end is read.")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout while the encoder is trained; high for little data.")
+    epochs: int = Field(2, ge=1, description="Passes over the labelled texts.")
+    batch_size: int = Field(32, ge=1, description="Texts an optimizer step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, AdamW, linear to zero.")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of steps with a rising learning rate.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay.")
+    checkpoint_every_s: float = Field(
+        30.0, gt=0, description="Seconds between checkpoints in the work folder.", json_schema_extra=UNKEYED
+    )
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; a given classifier leaves out what only a trained one uses, and the other way round."""
+        values = super().keyed_values()
+        given = {"label", "hub_name", "hub_revision"}
+        if self.path or self.hub_name:
+            return {name: value for name, value in values.items() if name in given}
+        return {name: value for name, value in values.items() if not name.startswith("hub_")}
+
+    def input_files(self) -> dict[str, Path]:
+        """As for every stage, and the labelled text."""
+        labelled = {"train_path": Path(self.train_path)} if self.train_path else {}
+        return {**super().input_files(), **labelled}
 
 
 class ReferenceLogprobsConfig(StageConfig):
@@ -280,7 +341,8 @@ class EvaluationConfig(StageConfig):
 
     judge: JudgeName = Field(
         description="Who scores responses, from 0 to 1. gold_rule: the built-in world's rule. reference_chrf: "
-        "closeness to the dataset's answer, chrF / 100. Every table names it."
+        "closeness to the dataset's answer, chrF / 100. reward_classifier: the probability of its label for prompt and "
+        "response. Every table names it."
     )
     prompts: int = Field(200, ge=2, description="Test prompts; fewer if the split is smaller.")
     max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")

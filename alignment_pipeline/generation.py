@@ -86,7 +86,9 @@ def choose(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tor
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     # Scaled by the last sum, which rounding keeps from being 1, so that no u falls behind the last token.
-    return torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True).squeeze(-1)
+    tokens = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True).squeeze(-1)
+    # Behind it falls what is compared with a NaN; such a row has to live until its log-probabilities are looked at.
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 def _decode(

@@ -51,15 +51,19 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
     add("human_preferences", "feedback", dataset="formatted_dataset")
     add("preference_pairs", "pairs", labels="preference_labels", human="human_preferences", tokenizer="base_model")
     add("reward_model", "reward_model", pairs="preference_pairs", trunk=trunk)
+    add("reward_classifier", "reward_classifier")
     if recipe.dpo:
         add("reference_logprobs", "reference_logprobs", pairs="preference_pairs", trunk=trunk)
     add("dpo_policy", "dpo", pairs="preference_pairs", reference_logprobs="reference_logprobs", trunk=trunk)
-    add("ppo_policy", "ppo", dataset="formatted_dataset", trunk=trunk, reward_model="reward_model")
+    # A recipe has one of them; the other is not among the nodes and so no input.
+    rewards = {"reward_model": "reward_model", "reward_classifier": "reward_classifier"}
+    of_ppo = {} if recipe.ppo and recipe.ppo.reward_function else rewards
+    add("ppo_policy", "ppo", dataset="formatted_dataset", trunk=trunk, **of_ppo)
     policies = [asset for asset in ("base_model", "sft_model", "ppo_policy", "dpo_policy") if asset in nodes]
     for policy in policies:
         add(
             evaluation_asset(policy), "evaluation", stage="evaluation",
-            dataset="formatted_dataset", policy=policy, trunk=trunk, reward_model="reward_model",
+            dataset="formatted_dataset", policy=policy, trunk=trunk, **rewards,
         )  # fmt: skip
     evaluations: dict[str, Any] = {policy: evaluation_asset(policy) for policy in policies}
     add("comparison", "evaluation", **evaluations)

@@ -88,6 +88,16 @@ def load_scorer(artifact: Path, trunk: Path, device: str = "cpu") -> PreTrainedM
     return model.merge_and_unload().to(device).eval()
 
 
+def load_classifier(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """A text classifier with its own labels, dropout off, in evaluation mode.
+
+    Raises:
+        ModelError: The folder holds no safetensors model.
+    """
+    model = _load(AutoModelForSequenceClassification, folder)
+    return model.to(device).eval()
+
+
 def new_scorer(folder: Path) -> PreTrainedModel:
     """The trunk as a sequence classifier with one output; its `score` head is new where the folder has none."""
     return _load(AutoModelForSequenceClassification, folder, num_labels=1)

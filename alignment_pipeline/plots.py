@@ -5,6 +5,7 @@ No timestamps and no version in the file: the same data gives the same bytes wit
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from alignment_pipeline.progress import metric_series
@@ -16,6 +17,7 @@ _BINS = 40
 _PANEL_INCHES = 3.2
 _CURVES = ("train/loss", "objective/score", "objective/kl", "reward/accuracy", "dpo/accuracy", "dpo/margin",
            "policy/entropy", "value/explained_variance")  # fmt: skip
+_GREY = "#c9ced6"
 _COLOURS = ("#3b6fb6", "#d9822b", "#3f9a6d", "#a8518a", "#8a7a3d", "#5c6470")
 
 
@@ -71,7 +73,7 @@ def distributions(
     axes = figure.add_subplot()
     _dress(axes, title, xlabel, ylabel)
     places = range(len(labels))
-    for (name, values), colour, width in zip(filled.items(), ("#c9ced6", _COLOURS[0]), (0.9, 0.5), strict=True):
+    for (name, values), colour, width in zip(filled.items(), (_GREY, _COLOURS[0]), (0.9, 0.5), strict=True):
         axes.bar(places, values, label=name, color=colour, width=width)
     for (name, values), colour, mark in zip(marked.items(), _COLOURS[1:], "ox^", strict=False):
         axes.plot(places, values, mark, label=name, color=colour, markersize=4.5, fillstyle="none", markeredgewidth=1.3)
@@ -105,7 +107,7 @@ def below_a_curve(
     name, bound = curve
     xs, ys = zip(*bound, strict=True)
     top = max(ys) + 0.12 * (max(ys) - min(ys))
-    axes.fill_between(xs, ys, top, color="#c9ced6", alpha=0.45, linewidth=0, label="no policy can be here")
+    axes.fill_between(xs, ys, top, color=_GREY, alpha=0.45, linewidth=0, label="no policy can be here")
     axes.plot(xs, ys, color="black", linewidth=1.4, label=name)
     for (name, points), colour in zip(ways.items(), _colours(len(ways)), strict=True):
         axes.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=0.9, markersize=4, label=name)
@@ -118,6 +120,24 @@ def below_a_curve(
     axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.25 * (highest - lowest))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     _save(figure, axes, path, legend=False)
+
+
+def spread_curves(path: Path, panels: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Draw curves of several seeds, one panel each: the seeds thin, their mean thick, one standard deviation around."""
+    figure = _canvas((2 * _PANEL_INCHES * len(panels) / 1.4, _INCHES[1]))
+    for column, ((title, runs), colour) in enumerate(zip(panels.items(), _colours(len(panels)), strict=True), 1):
+        axes = figure.add_subplot(1, len(panels), column)
+        _dress(axes, title, "update", "")
+        steps = range(1, len(runs[0]) + 1)
+        means = [mean(values) for values in zip(*runs, strict=True)]
+        spreads = [stdev(values) if len(values) > 1 else 0.0 for values in zip(*runs, strict=True)]
+        for run in runs:
+            axes.plot(steps, run, color=colour, linewidth=0.7, alpha=0.4)
+        low, high = zip(*((m - s, m + s) for m, s in zip(means, spreads, strict=True)), strict=True)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(steps, means, color=colour, linewidth=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
 
 
 def telling_curves(progress_log: Path) -> dict[str, list[tuple[int, float]]]:

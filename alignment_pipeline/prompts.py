@@ -3,6 +3,9 @@
 Belongs here: pure functions of text. Tokenization is in `stages.formatted_dataset`.
 
 A prompt's split depends on its own text, the seed and the purpose only: not on order, other rows or row counts.
+
+A plain text is a row with neither instruction nor input, its output the whole text. Its prompt is the text's beginning,
+which is cut in tokens and so known once there is a tokenizer; until then the whole text stands for it.
 """
 
 import hashlib
@@ -22,6 +25,26 @@ def format_prompt(instruction: str, input: str) -> str:
     """Put an instruction and its input (left out where blank) into the template that every stage uses."""
     input_part = f"### Input:\n{input}\n\n" if input.strip() else ""
     return f"{PROMPT_HEADER}{instruction}\n\n{input_part}### Response:\n"
+
+
+def is_plain_text(row: Mapping[str, str]) -> bool:
+    """Whether a row is a plain text; a row of instruction and output never has an empty instruction."""
+    return not row["instruction"]
+
+
+def split_text(row: Mapping[str, str]) -> str:
+    """What a row's split goes by: its formatted prompt, or a plain text as a whole."""
+    return row["output"] if is_plain_text(row) else format_prompt(row["instruction"], row["input"])
+
+
+def prefix_length(seed: int, row_id: str, shortest: int, longest: int) -> int:
+    """How many tokens of a plain text are its prompt: uniform from `shortest` to `longest`, both included.
+
+    A function of seed and row alone. Source: TRL's former `LengthSampler`, which leaves its upper bound out and draws
+    from a global generator, so that a prompt depended on the rows before it.
+    """
+    position = _uniform(["prefix_length", seed, row_id])
+    return shortest + int(position * (longest - shortest + 1))
 
 
 def prompt_id(instruction: str, input: str) -> str:
@@ -48,8 +71,12 @@ def split_position(seed: int, purpose: str, prompt: str) -> float:
             is drawn from prompts that all have high positions in the split of the instructions.
         prompt: Formatted prompt.
     """
-    content = canonical_json([purpose, seed, normalised(prompt)])
-    whole = hashlib.sha256(content.encode()).digest()
+    return _uniform([purpose, seed, normalised(prompt)])
+
+
+def _uniform(value: list[str | int]) -> float:
+    """A number in [0, 1) that is a function of a JSON value, uniform over values."""
+    whole = hashlib.sha256(canonical_json(value).encode()).digest()
     return (int.from_bytes(whole[:8]) >> 11) / 2**53  # 53 bits: a float holds them, so that 1.0 cannot come out
 
 

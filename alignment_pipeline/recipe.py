@@ -16,6 +16,7 @@ from alignment_pipeline import configs
 from alignment_pipeline.errors import RecipeError
 
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
+_PATH_KEYS = ("path", "train_path", "reward_function")
 
 
 class Recipe(BaseModel):
@@ -35,6 +36,7 @@ class Recipe(BaseModel):
     feedback: configs.FeedbackConfig | None = None
     pairs: configs.PairsConfig | None = None
     reward_model: configs.RewardModelConfig | None = None
+    reward_classifier: configs.RewardClassifierConfig | None = None
     reference_logprobs: configs.ReferenceLogprobsConfig = Field(default_factory=configs.ReferenceLogprobsConfig)
     dpo: configs.DpoConfig | None = None
     ppo: configs.PpoConfig | None = None
@@ -44,7 +46,13 @@ class Recipe(BaseModel):
     def _combination_can_work(self) -> Self:
         if NAME_PATTERN.fullmatch(self.name) is None:
             raise ValueError(f"name: found {self.name!r}, expected lower-case letters, digits and _ ([a-z][a-z0-9_]*)")
-        for message in (*self._source_problems(), *self._missing_stages(), *self._number_problems()):
+        for message in (
+            *self._source_problems(),
+            *self._text_problems(),
+            *self._missing_stages(),
+            *self._reward_problems(),
+            *self._number_problems(),
+        ):
             raise ValueError(message)
         return self
 
@@ -63,6 +71,54 @@ class Recipe(BaseModel):
                 "expected data.world_rows, or reference_chrf as evaluation.judge and another labelling.method"
             )
 
+    def _text_problems(self) -> Iterable[str]:
+        data, formatting = self.data, self.formatting
+        if data.min_chars > data.max_chars:
+            yield f"data.min_chars: found {data.min_chars}, expected at most max_chars ({data.max_chars})"
+        shortest, longest = formatting.prefix_tokens_min, formatting.prefix_tokens_max
+        if not data.text_field:
+            for name in ("prefix_tokens_min", "prefix_tokens_max"):
+                if getattr(formatting, name) != configs.FormattingConfig.model_fields[name].default:
+                    yield f"formatting.{name}: only plain texts use it, expected data.text_field beside it"
+            return
+        if data.world_rows:
+            yield "data.text_field: found beside world_rows, whose rows are not plain texts; expected path or hub_name"
+        if self.feedback:
+            yield "feedback: votes on plain texts cannot be taken in, expected null beside data.text_field"
+        if shortest > longest:
+            yield f"formatting.prefix_tokens_min: found {shortest}, expected at most prefix_tokens_max ({longest})"
+        if longest > formatting.max_prompt_tokens:
+            yield (
+                f"formatting.prefix_tokens_max: found {longest}, expected at most max_prompt_tokens "
+                f"({formatting.max_prompt_tokens})"
+            )
+
+    def _reward_problems(self) -> Iterable[str]:
+        classifier = self.reward_classifier
+        if classifier is None:
+            if self.evaluation.judge == "reward_classifier":
+                yield "evaluation.judge: found reward_classifier, expected a reward_classifier section beside it"
+            return
+        if self.reward_model:
+            yield "reward_classifier: found beside reward_model, expected one of them; set the other to null"
+        sources = [name for name in ("path", "hub_name", "train_path") if getattr(classifier, name)]
+        if len(sources) != 1:
+            found = " and ".join(sources) or "no source"
+            yield f"reward_classifier: found {found}, expected exactly one of path, hub_name or train_path"
+        if not classifier.train_path:
+            return
+        names = classifier.label_names
+        if len(set(names)) != len(names):
+            yield f"reward_classifier.label_names: found {', '.join(names)}, expected different names"
+        if classifier.label not in names:
+            known = ", ".join(names)
+            yield f"reward_classifier.label: found {classifier.label!r}, expected one of label_names: {known}"
+        if classifier.hidden_size % (2 * classifier.num_heads):
+            yield (
+                f"reward_classifier.hidden_size: found {classifier.hidden_size}, expected an even multiple of "
+                f"{classifier.num_heads} heads"
+            )
+
     def _missing_stages(self) -> Iterable[str]:
         needs = (
             (self.labelling, "labelling", self.sampling, "a sampling section to label"),
@@ -71,7 +127,12 @@ class Recipe(BaseModel):
             (self.pairs, "pairs", self.labelling or self.feedback, "a labelling or feedback section as source"),
             (self.reward_model, "reward_model", self.pairs, "a pairs section to learn from"),
             (self.dpo, "dpo", self.pairs, "a pairs section to learn from"),
-            (self.ppo, "ppo", self._reward_of_ppo(), "a reward_model section or ppo.reward_function"),
+            (
+                self.ppo,
+                "ppo",
+                self._reward_of_ppo(),
+                "a reward_model or reward_classifier section, or ppo.reward_function",
+            ),
         )
         for section, name, needed, expected in needs:
             if section is not None and needed is None:
@@ -79,7 +140,7 @@ class Recipe(BaseModel):
 
     def _reward_of_ppo(self) -> object:
         """What PPO is rewarded by, or None."""
-        return (self.ppo and self.ppo.reward_function) or self.reward_model
+        return (self.ppo and self.ppo.reward_function) or self.reward_model or self.reward_classifier
 
     def _number_problems(self) -> Iterable[str]:
         base, ppo = self.base_model, self.ppo
@@ -138,7 +199,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: found {_kind(raw)}, expected a mapping of sections such as data and sft.")
-    _resolve_path(raw, path.parent)
+    _resolve_paths(raw, path.parent)
     for override in overrides:
         _apply_override(raw, override)
     recipe = validate_recipe(raw, source=str(path))
@@ -204,15 +265,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {section} is {_kind(inner)}, not a section.")
         place = inner
     place[last] = value
-    if last == "path" and isinstance(value, str):
+    if last in _PATH_KEYS and isinstance(value, str):
         place[last] = str(Path(value).expanduser().resolve())
 
 
-def _resolve_path(raw: dict[str, Any], folder: Path) -> None:
-    for section in ("data", "base_model"):
-        values = raw.get(section)
-        if isinstance(values, dict) and isinstance(values.get("path"), str):
-            values["path"] = str((folder / Path(values["path"]).expanduser()).resolve())
+def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+    for values in raw.values():
+        for key in _PATH_KEYS:
+            if isinstance(values, dict) and isinstance(values.get(key), str):
+                values[key] = str((folder / Path(values[key]).expanduser()).resolve())
 
 
 def _kind(value: Any) -> str:

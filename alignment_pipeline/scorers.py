@@ -1,4 +1,4 @@
-"""Where PPO's scores come from: a reward model, or a function written in Python.
+"""Where PPO's scores come from: a reward model, a text classifier, or a function written in Python.
 
 Each scorer is called with prompts and responses and gives a score for each response. A response was cut at its first
 end token; a reward model of the same tokenizer reads its tokens, everything else its text.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alignment_pipeline.classifier import ClassifierScorer, whole_texts
 from alignment_pipeline.errors import RecipeError
 from alignment_pipeline.generation import Response
 from alignment_pipeline.ppo.policy import PolicyWithValue
@@ -50,6 +51,20 @@ class SharedTrunkScorer:
             )  # fmt: skip
             scores[rows] = self._policy.reward_scores(batch).cpu()
         return scores.tolist()
+
+
+class ClassifierReward:
+    """A text classifier's logit for its label; it reads prompt and response as one text, by its own tokenizer."""
+
+    def __init__(self, classifier: ClassifierScorer, tokenizer: Any, batch_size: int) -> None:
+        self._classifier, self._tokenizer, self._batch_size = classifier, tokenizer, batch_size
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
+        """Scores in the order of the responses."""
+        texts = whole_texts(
+            self._tokenizer, [prompt.token_ids for prompt in prompts], [response.token_ids for response in responses]
+        )
+        return self._classifier.scores(texts, self._batch_size)
 
 
 class FunctionScorer:

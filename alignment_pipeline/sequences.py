@@ -121,7 +121,26 @@ def response_tokens(batch: TokenBatch) -> torch.Tensor:
 
 def chosen_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[token]: (N, V), (N,) → (N,)."""
-    return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    chosen: torch.Tensor = _ChosenLogprobs.apply(logits, tokens)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return chosen
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    """Cross entropy's value, with a backward pass that writes (N, V) once: torch's writes a one-hot matrix first."""
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        log_softmax = logits.log_softmax(-1)
+        context.save_for_backward(log_softmax, tokens)
+        return log_softmax.gather(-1, tokens[:, None]).squeeze(-1)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """d log p[token] / d logit_v = 1{v = token} - p_v."""
+        log_softmax, tokens = context.saved_tensors
+        wanted = gradients[0][:, None]
+        gradient = log_softmax.exp().mul_(-wanted)
+        return gradient.scatter_add_(-1, tokens[:, None], wanted), None
 
 
 def in_columns(values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:

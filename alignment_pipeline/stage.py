@@ -25,6 +25,7 @@ STAGE_FUNCTIONS: Mapping[str, str] = {
     "human_preferences": "collect_human_preferences",
     "preference_pairs": "unite_preference_pairs",
     "reward_model": "train_reward_model",
+    "reward_classifier": "prepare_reward_classifier",
     "reference_logprobs": "score_reference_logprobs",
     "dpo_policy": "train_dpo",
     "ppo_policy": "train_ppo",

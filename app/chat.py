@@ -18,7 +18,7 @@ from resources.runs import RunRecords
 def chat_with(
     console: Console, recipe: Recipe, policy: str, max_new_tokens: int, temperature: float, seed: int
 ) -> None:
-    """Answer each line of standard input by the policy, in the recipe's template.
+    """Answer each line of standard input by the policy, in the recipe's template; a plain text is continued as it is.
 
     Raises:
         MissingArtifactError: The policy is not one of the recipe's, or has not been made.
@@ -49,7 +49,7 @@ def chat_with(
     limit = max_positions(store.path(trunk))
     turn = 0
     while instruction := _read_line():
-        prompt = encode(tokenizer, [format_prompt(instruction, "")])
+        prompt = encode(tokenizer, [instruction if recipe.data.text_field else format_prompt(instruction, "")])
         if limit is not None and len(prompt[0]) + max_new_tokens > limit:
             console.print(
                 f"Too long: {len(prompt[0])} tokens and up to {max_new_tokens} new ones, the model reads {limit}.",

@@ -103,7 +103,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
 ) -> None:
-    """Talk to a policy; every line is an instruction. Ends with an empty line or Ctrl-D."""
+    """Talk to a policy; a line is an instruction, or a text's beginning. Ends with an empty line or Ctrl-D."""
     from app.chat import chat_with
 
     use_dagster_instance(alignment_home())

@@ -194,6 +194,7 @@ _HEADLINES = (
     ("objective/score", "score {:.2f}"),
     ("eval/judge_score", "judge {:.3f}"),
     ("reward/held_out_accuracy", "held-out accuracy {:.1%}"),
+    ("classifier/held_out_accuracy", "held-out accuracy {:.1%}"),
     ("dpo/held_out_accuracy", "held-out accuracy {:.1%}"),
     ("train/loss", "loss {:.3f}"),
     ("eval/loss", "held-out loss {:.3f}"),

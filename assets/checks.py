@@ -35,11 +35,20 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
     "evaluation": (("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),),
 }
 
+_TRAINED_CLASSIFIER_CHECKS = (
+    ("counts_reconcile", _BLOCKING, "Labelled texts in = texts kept + texts in quarantine."),
+    ("reward_classifier_beats_majority", _WARNING, "Held-out accuracy is above always naming the most frequent label."),
+)
+
 
 def check_specs(recipe: Recipe, node: StageNode) -> list[dg.AssetCheckSpec]:
     """The checks of one asset."""
     key = dg.AssetKey([recipe.name, node.asset])
-    checks = _comparison_checks(recipe, node) if node.stage == "comparison" else _CHECKS.get(node.stage, ())
+    checks = _CHECKS.get(node.stage, ())
+    if node.stage == "comparison":
+        checks = _comparison_checks(recipe, node)
+    elif recipe.reward_classifier and recipe.reward_classifier.train_path and node.stage == "reward_classifier":
+        checks = _TRAINED_CLASSIFIER_CHECKS
     return [
         dg.AssetCheckSpec(name, asset=key, blocking=blocking, description=description)
         for name, blocking, description in checks

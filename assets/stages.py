@@ -28,8 +28,8 @@ _MODEL = frozenset({"pytorch", "huggingface"})
 
 STAGE_ASSETS: dict[str, StageAsset] = {
     "instructions": StageAsset(
-        "Instruction, input and output rows that can be trained on, split by prompt; bad rows lie in quarantine with "
-        "their reason. Everything downstream reads these.",
+        "Rows (instruction, input and output, or plain texts) that can be trained on, split by prompt; bad rows lie in "
+        "quarantine with their reason. Everything downstream reads these.",
         _TABLE,
         ("rows.jsonl", "quarantine.jsonl"),
     ),
@@ -37,7 +37,7 @@ STAGE_ASSETS: dict[str, StageAsset] = {
         "The language model and tokenizer that everything starts from, as safetensors.", _MODEL, on_gpu=True
     ),
     "formatted_dataset": StageAsset(
-        "Prompts in the instruction template and completions with the end token, with length statistics; read by "
+        "Prompts (in the template, or a text's beginning) and completions with the end token, with lengths; read by "
         "training, sampling and evaluation.",
         _TABLE,
         ("train.jsonl", "dropped.jsonl"),
@@ -74,6 +74,12 @@ STAGE_ASSETS: dict[str, StageAsset] = {
         _MODEL,
         on_gpu=True,
     ),
+    "reward_classifier": StageAsset(
+        "A text classifier whose score for the recipe's label is PPO's reward and the learned score of every "
+        "evaluation; given, or trained on labelled text.",
+        _MODEL,
+        on_gpu=True,
+    ),
     "reference_logprobs": StageAsset(
         "Log-probability of every pair's responses under the trunk, computed once and shared by DPO sweeps.",
         frozenset({"pytorch", "table"}),
@@ -94,7 +100,7 @@ STAGE_ASSETS: dict[str, StageAsset] = {
         on_gpu=True,
     ),
     "comparison": StageAsset(
-        "All policies side by side, with win rates against the SFT model: the recipe's result.",
+        "All policies side by side, with win rates against the model they were trained from: the recipe's result.",
         _TABLE,
         ("table.jsonl", "examples.jsonl"),
     ),

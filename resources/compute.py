@@ -35,7 +35,8 @@ from resources.runs import FAILED, INTERRUPTED, RunRecords
 from resources.tracking import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "dagster", "duckdb")
-_TRACKED_STAGES = frozenset({"base_model", "sft_model", "reward_model", "dpo_policy", "ppo_policy", "evaluation"})
+_TRACKED_STAGES = frozenset({"base_model", "sft_model", "reward_model", "reward_classifier", "dpo_policy", "ppo_policy",
+                              "evaluation"})  # fmt: skip
 _TRACKING_FOLDER_WAIT_S = 2.0  # the first run of a process opens once wandb is imported
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -131,7 +132,8 @@ class Compute:
         require_one_lineage(self.store, node.asset, inputs)
         by_name = {name: inputs[asset] for name, asset in node.inputs.items()}
         files = {
-            name: {"sha256": _content_sha256(path, node), "path": str(path)} for name, path in request.files.items()
+            name: {"sha256": _content_sha256(name, path, node), "path": str(path)}
+            for name, path in request.files.items()
         }
         keyed = request.config.keyed_values()
         versions = {name: ref.data_version for name, ref in by_name.items()}
@@ -186,7 +188,7 @@ class Compute:
             training_curves(staging / EXTRAS / "curves.png", log.path)
             shutil.copyfile(log.path, staging / EXTRAS / "progress.jsonl")
             for name, path in request.files.items():
-                if _content_sha256(path, request.node) != description["inputs"][name]["sha256"]:
+                if _content_sha256(name, path, request.node) != description["inputs"][name]["sha256"]:
                     raise DataError(f"{path} was changed while it was read; nothing was published. Run again.")
             lease.require()
             ref = self.store.publish(
@@ -264,7 +266,7 @@ def _spell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _content_sha256(path: Path, node: StageNode) -> str:
+def _content_sha256(name: str, path: Path, node: StageNode) -> str:
     """What an input file (or a model's folder) holds, whatever it is called.
 
     Raises:
@@ -276,9 +278,10 @@ def _content_sha256(path: Path, node: StageNode) -> str:
         return file_sha256(path)
     except OSError as error:
         found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        key = f"{node.section}.{'path' if name == 'source' else name}"
         raise DataError(
-            f"{node.section}.path: {path} {found}, expected a file that can be read. "
-            f"Correct the recipe, or use `--set {node.section}.path=FILE`."
+            f"{key}: {path} {found}, expected a file or folder that can be read. Correct the recipe, "
+            f"or use `--set {key}=PATH`."
         ) from None
 
 

@@ -15,7 +15,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerBase,
@@ -25,14 +24,15 @@ from transformers import (
 from alignment_pipeline import checkpoint
 from alignment_pipeline.configs import BaseModelConfig
 from alignment_pipeline.errors import ModelError
+from alignment_pipeline.given_model import PAD, give_padding_of_its_own, read_given_model
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, save_model
 from alignment_pipeline.pacing import Pacer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.prompts import format_prompt
+from alignment_pipeline.prompts import format_prompt, is_plain_text
 from alignment_pipeline.stage import StageResult, StageSpec
 
-PAD, EOS = "<pad>", "</s>"
+EOS = "</s>"
 _CHECKPOINT_EVERY_S = 30.0
 _LOG_EVERY = 5
 
@@ -60,9 +60,14 @@ def prepare_base_model(spec: StageSpec[BaseModelConfig], log: ProgressLog) -> St
 def unpaired_documents(rows: Sequence[dict[str, Any]], seed: int) -> list[str]:
     """Prompts and outputs of the rows as separate documents in a seeded order.
 
-    A prompt's document ends before `### Response:`, so that no document holds what follows it.
+    A prompt's document ends before `### Response:`, so that no document holds what follows it. A plain text is a
+    document as it is.
     """
-    prompts = [format_prompt(row["instruction"], row["input"]).partition("### Response:")[0] for row in rows]
+    prompts = [
+        format_prompt(row["instruction"], row["input"]).partition("### Response:")[0]
+        for row in rows
+        if not is_plain_text(row)
+    ]
     documents = [*(prompt.rstrip() for prompt in prompts), *(row["output"] for row in rows)]
     random.Random(seed).shuffle(documents)
     return documents
@@ -110,32 +115,10 @@ def build_model(config: BaseModelConfig, tokenizer: PreTrainedTokenizerBase, see
 
 def _adopt(source: Path | str, revision: str | None, spec: StageSpec[BaseModelConfig]) -> StageResult:
     """Copy a given model into the store as safetensors, with a padding token of its own."""
-    local = isinstance(source, Path)
-    remedy = (
-        "expected a folder with config.json, tokenizer files and safetensors"
-        if local
-        else "expected a model on the hub; without a network set base_model.path to a folder that holds the model"
-    )
-    if local and not Path(source).is_dir():
-        raise ModelError(f"base_model.path: {source} is not a folder, {remedy}.")
-    if local and not any(Path(source).glob("tokenizer*.json")) and not any(Path(source).glob("vocab.*")):
-        # transformers would make an empty tokenizer up from config.json
-        raise ModelError(f"base_model.path: {source} holds no tokenizer files, {remedy}.")
-    options: dict[str, Any] = {"local_files_only": True} if local else {"revision": revision}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"base_model: {source} cannot be loaded ({reason}); {remedy}.") from error
+    model, tokenizer = read_given_model("base_model", source, revision, AutoModelForCausalLM)
     if tokenizer.eos_token is None:
         raise ModelError(f"base_model: the tokenizer of {source} has no end token, expected one.")
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            torch.manual_seed(spec.seed)  # the new rows are drawn at random
-            model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    give_padding_of_its_own(model, tokenizer, spec.seed)
     model.config.eos_token_id = tokenizer.eos_token_id
     save_model(model, tokenizer, spec.output_dir)
     load_causal_lm(spec.output_dir / MODEL_FOLDER)

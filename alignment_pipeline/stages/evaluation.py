@@ -4,6 +4,8 @@ Each prompt gets one response. BLEU is corpus BLEU of the responses against the 
 is exact at each token of the response (a sum over the vocabulary), added up over the response. Both distributions are
 taken at the sampling temperature (1 for greedy responses), so that over sampled responses the mean is an unbiased
 estimate of KL(policy ‖ trunk) in nats a response, of the two as they are used.
+
+The learned score is the recipe's reward: the reward model's score, or the reward classifier's logit of its label.
 """
 
 import random
@@ -13,7 +15,9 @@ import torch
 from sacrebleu.metrics import BLEU
 
 from alignment_pipeline import atomic
+from alignment_pipeline.classifier import ClassifierScorer, whole_texts
 from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.errors import ModelError
 from alignment_pipeline.generation import generate
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES, judge
@@ -57,9 +61,17 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
         policy, trunk, prompts, token_ids, tokenizer.pad_token_id, config.batch_size, config.temperature or 1.0
     )
     log.step("evaluate", 2, _STEPS)
-    learned = _learned_scores(spec, prompts, token_ids, tokenizer.pad_token_id)
+    classifier, texts = _classifier(spec), whole_texts(tokenizer, prompts, token_ids)
+    learned: list[float] | list[None]
+    if classifier is not None:
+        learned = classifier.scores(texts, config.batch_size)
+    else:
+        learned = _learned_scores(spec, prompts, token_ids, tokenizer.pad_token_id)
     log.step("evaluate", 3, _STEPS)
-    judged = judge(config.judge, rows, [response.text for response in responses])
+    if config.judge == "reward_classifier":
+        judged = _require(classifier).probabilities(texts, config.batch_size)
+    else:
+        judged = judge(config.judge, rows, [response.text for response in responses])
     examples = [
         {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "reference": row["reference"],
          "response": response.text, "judge": config.judge, "judge_score": judge_score,
@@ -122,6 +134,18 @@ def _test_rows(spec: StageSpec[EvaluationConfig]) -> list[dict[str, Any]]:
     rows = read_jsonl(spec.inputs["dataset"] / "test.jsonl")
     unique = list({row["prompt_id"]: row for row in rows}.values())
     return random.Random(spec.seed).sample(unique, min(spec.config.prompts, len(unique)))
+
+
+def _classifier(spec: StageSpec[EvaluationConfig]) -> ClassifierScorer | None:
+    if "reward_classifier" not in spec.inputs:
+        return None
+    return ClassifierScorer.load(spec.inputs["reward_classifier"], device=spec.device)
+
+
+def _require(classifier: ClassifierScorer | None) -> ClassifierScorer:
+    if classifier is None:
+        raise ModelError("evaluation.judge: found reward_classifier without such an artifact, expected it as an input.")
+    return classifier
 
 
 def _learned_scores(

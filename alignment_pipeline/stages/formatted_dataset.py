@@ -1,4 +1,4 @@
-"""The stage `formatted_dataset`: rows in the prompt template, measured in tokens, too long ones dropped.
+"""The stage `formatted_dataset`: rows as prompt and completion, measured in tokens, too long ones dropped.
 
 `train.jsonl`, `validation.jsonl`, `test.jsonl`: {id, prompt_id, instruction, input, prompt, completion, reference,
 prompt_tokens, completion_tokens}, where completion = output + EOS and reference = output. `dropped.jsonl`: {id, reason,
@@ -7,6 +7,11 @@ prompt_tokens, completion_tokens}. `summary.json`: counts and length statistics 
 Prompt and completion are tokenized SEPARATELY, without special tokens, and trainers and samplers concatenate the ids. A
 joint tokenization can merge across the boundary: the policy would then be trained on other prompt ids than it is
 sampled with, and the loss mask would cut a token in two.
+
+An instruction's prompt is the template. A plain text's prompt is its first tokens, as many as seed and row id say, and
+its completion the rest. Prompts are then known here for the first time: `prompt_id` is made of them, and where one
+stands in several splits it is kept in the one that is held out most and dropped from the others, so that no prompt of
+the test split is trained on.
 """
 
 from collections import Counter
@@ -23,12 +28,20 @@ from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.limits import max_positions
 from alignment_pipeline.plots import histogram
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.prompts import format_prompt, splits_share_no_prompt
+from alignment_pipeline.prompts import (
+    format_prompt,
+    is_plain_text,
+    normalised,
+    prefix_length,
+    prompt_id,
+    splits_share_no_prompt,
+)
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.stages.instructions import SPLITS
 
 _BATCH_ROWS = 1000
 _LENGTHS = ("prompt_tokens", "completion_tokens")
+_MOST_HELD_OUT_FIRST = ("test", "validation", "train")
 
 Row = dict[str, Any]
 
@@ -51,8 +64,13 @@ def format_dataset(spec: StageSpec[FormattingConfig], log: ProgressLog) -> Stage
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     dropped: list[Row] = []
     without_eos = 0
-    for done, (split, row, ends_with_eos) in enumerate(_formatted(source, tokenizer), start=1):
+    split_of = {split: number for number, split in enumerate(_MOST_HELD_OUT_FIRST)}
+    ordered = sorted(source, key=lambda row: split_of[row["split"]])
+    taken: dict[str, str] = {}
+    for done, (split, row, ends_with_eos) in enumerate(_formatted(ordered, tokenizer, spec), start=1):
         reason = _drop_reason(row, tokenizer.eos_token, spec.config)
+        if reason is None and is_plain_text(row) and taken.setdefault(normalised(row["prompt"]), split) != split:
+            reason = "prompt_is_held_out"
         if reason is None:
             rows[split].append(row)
             without_eos += not ends_with_eos
@@ -101,26 +119,57 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _formatted(source: Sequence[Row], tokenizer: Any) -> Iterator[tuple[str, Row, bool]]:
+def _formatted(
+    source: Sequence[Row], tokenizer: Any, spec: StageSpec[FormattingConfig]
+) -> Iterator[tuple[str, Row, bool]]:
     """Each row with its split, its lengths, and whether its tokenized completion ends with EOS."""
     for start in range(0, len(source), _BATCH_ROWS):
         batch = source[start : start + _BATCH_ROWS]
-        prompts = [format_prompt(row["instruction"], row["input"]) for row in batch]
-        completions = [row["output"] + tokenizer.eos_token for row in batch]
+        texts = [
+            cut_text(row["output"], tokenizer, _prefix_tokens(row, spec))
+            if is_plain_text(row)
+            else (format_prompt(row["instruction"], row["input"]), row["output"])
+            for row in batch
+        ]
+        prompts = [prompt for prompt, _ in texts]
+        completions = [response + tokenizer.eos_token for _, response in texts]
         prompt_ids, completion_ids = _token_ids(tokenizer, prompts), _token_ids(tokenizer, completions)
         for index, row in enumerate(batch):
             formatted = {
                 "id": row["id"],
-                "prompt_id": row["prompt_id"],
+                "prompt_id": prompt_id(prompts[index], "") if is_plain_text(row) else row["prompt_id"],
                 "instruction": row["instruction"],
                 "input": row["input"],
                 "prompt": prompts[index],
                 "completion": completions[index],
-                "reference": row["output"],
+                "reference": texts[index][1],
                 "prompt_tokens": len(prompt_ids[index]),
                 "completion_tokens": len(completion_ids[index]),
             }
             yield row["split"], formatted, completion_ids[index][-1:] == [tokenizer.eos_token_id]
+
+
+def _prefix_tokens(row: Row, spec: StageSpec[FormattingConfig]) -> int:
+    return prefix_length(spec.seed, row["id"], spec.config.prefix_tokens_min, spec.config.prefix_tokens_max)
+
+
+def cut_text(text: str, tokenizer: Any, tokens: int) -> tuple[str, str]:
+    """The beginning of a text, `tokens` tokens long, and the rest; two empty texts where there is no place to cut.
+
+    A place to cut is where beginning and rest, tokenized apart, are the text's own tokens; the beginning is longer than
+    asked for up to the next such place. With a tokenizer that puts a space before every text that is between words, and
+    the rest is then without its leading space, just as a continuation by the policy decodes.
+    """
+    (ids,) = _token_ids(tokenizer, [text])
+    for cut in range(tokens, len(ids)):
+        prompt = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
+        if not prompt.strip() or not text.startswith(prompt):
+            continue
+        whole = text[len(prompt) :]
+        for rest in (whole, whole.removeprefix(" ")):
+            if rest.strip() and _token_ids(tokenizer, [prompt, rest]) == [ids[:cut], ids[cut:]]:
+                return prompt, rest
+    return "", ""
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -130,7 +179,9 @@ def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _drop_reason(row: Row, eos_token: str, config: FormattingConfig) -> str | None:
-    if eos_token in row["reference"]:
+    if not row["prompt"]:
+        return "no_place_to_cut"
+    if eos_token in row["reference"] or (is_plain_text(row) and eos_token in row["prompt"]):
         return "contains_eos"
     if row["prompt_tokens"] > config.max_prompt_tokens:
         return "over_max_prompt_tokens"

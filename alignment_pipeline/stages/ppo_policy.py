@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from alignment_pipeline import atomic, checkpoint, plots
+from alignment_pipeline.classifier import ClassifierScorer
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import DataError, ModelError, NonFiniteError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
@@ -28,7 +29,7 @@ from alignment_pipeline.ppo.processes import Processes
 from alignment_pipeline.ppo.rollout import Prompt, Rollout, ScoreFunction
 from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.scorers import FunctionScorer, RewardModelScorer, SharedTrunkScorer
+from alignment_pipeline.scorers import ClassifierReward, FunctionScorer, RewardModelScorer, SharedTrunkScorer
 from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 
@@ -96,6 +97,9 @@ def _scorer(spec: StageSpec[PpoConfig], policy: PolicyWithValue, tokenizer: Any)
     config = spec.config
     if config.reward_function is not None:
         return FunctionScorer(config.reward_function)
+    if "reward_classifier" in spec.inputs:
+        classifier = ClassifierScorer.load(spec.inputs["reward_classifier"], device=policy.device)
+        return ClassifierReward(classifier, tokenizer, config.generation_batch_size)
     if policy.holds_reward_adapter:
         return SharedTrunkScorer(policy, tokenizer.pad_token_id, config.generation_batch_size)
     reward_model = load_scorer(spec.inputs["reward_model"], spec.inputs["trunk"], policy.device)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment_pipeline import atomic
-from alignment_pipeline.configs import JudgeName, LabellingConfig
+from alignment_pipeline.configs import LabellingConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
-from alignment_pipeline.judges import judge
+from alignment_pipeline.judges import RuleName, judge
 from alignment_pipeline.preferences import PreferencePair, make_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec
@@ -92,7 +92,7 @@ def _candidates(
         for sample in samples:
             yield _Response(row["reference"], True), _Response(sample["response"], sample["ended"])
         return
-    name: JudgeName = "gold_rule" if method == "gold_rule" else "reference_chrf"
+    name: RuleName = "gold_rule" if method == "gold_rule" else "reference_chrf"
     scores = judge(name, [row] * len(samples), [sample["response"] for sample in samples])
     ranked = sorted(zip(scores, samples, strict=True), key=lambda pair: -pair[0])
     combinations = itertools.combinations(range(len(ranked)), 2)

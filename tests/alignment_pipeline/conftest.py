@@ -1,7 +1,7 @@
 """Small real things for the library's tests: the smoke recipe's artifacts, tiny models, a tokenizer."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alignment_pipeline.configs import StageConfig
+from alignment_pipeline.configs import RewardModelConfig, StageConfig
 from alignment_pipeline.graph import StageNode, build_graph
+from alignment_pipeline.models import new_scorer, save_trained, with_adapter
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.recipe import load_recipe
 from alignment_pipeline.stage import StageResult, StageSpec, stage_function
@@ -117,6 +118,24 @@ class TinyModels:
 @pytest.fixture(scope="session")
 def tiny_models(tokenizer: PreTrainedTokenizerFast) -> TinyModels:
     return TinyModels(tokenizer)
+
+
+@pytest.fixture
+def reward_artifact(tiny_models: Any, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A trunk, and a reward model that was trained on it with LoRA: nothing of its adapter and head is zero."""
+
+    def made(architecture: str) -> tuple[Path, Path]:
+        trunk = tiny_models.save(tiny_models.build(architecture), tmp_path / "adapted" / "trunk")
+        model = with_adapter(new_scorer(trunk / "model"), RewardModelConfig(lora_rank=3), "SEQ_CLS")
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.2)
+        save_trained(model, tiny_models.tokenizer, tmp_path / "adapted" / "reward")
+        return trunk, tmp_path / "adapted" / "reward"
+
+    return made
 
 
 @pytest.fixture

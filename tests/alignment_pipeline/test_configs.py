@@ -1,11 +1,19 @@
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from alignment_pipeline import configs
-from alignment_pipeline.configs import BaseModelConfig, DataConfig, PpoConfig, SftConfig, StageConfig
+from alignment_pipeline.configs import (
+    BaseModelConfig,
+    DataConfig,
+    PpoConfig,
+    RewardClassifierConfig,
+    SftConfig,
+    StageConfig,
+)
 
 SECTIONS = [section for _, section in inspect.getmembers(configs, inspect.isclass) if issubclass(section, StageConfig)]
 
@@ -36,3 +44,34 @@ def test_an_input_file_counts_by_its_content_and_not_by_its_path() -> None:
 def test_a_hub_name_counts_unless_a_file_wins_over_it() -> None:
     assert DataConfig(hub_name="a/b").keyed_values() != DataConfig(hub_name="a/c").keyed_values()
     assert DataConfig(path="a", hub_name="a/b").keyed_values() == DataConfig(path="a").keyed_values()
+
+
+def test_a_classifier_counts_by_what_made_it() -> None:
+    def keyed(**values: Any) -> dict[str, Any]:
+        return RewardClassifierConfig(**{"label": "A", **values}).keyed_values()
+
+    for given in ({"path": "a"}, {"hub_name": "a/b"}):
+        assert keyed(**given, hidden_size=8, epochs=9) == keyed(**given)
+        assert keyed(**given, label="B") != keyed(**given)
+    assert keyed(hub_name="a/b") != keyed(hub_name="a/c")
+    assert keyed(train_path="a", checkpoint_every_s=1) == keyed(train_path="b", hub_revision="unused")
+    assert keyed(train_path="a", epochs=9) != keyed(train_path="a")
+    assert RewardClassifierConfig(label="A", train_path="t").input_files() == {"train_path": Path("t")}
+    assert RewardClassifierConfig(label="A", path="p").input_files() == {"source": Path("p")}
+
+
+def test_the_text_field_and_the_bounds_of_a_texts_length_count() -> None:
+    plain = DataConfig(path="a", text_field="text").keyed_values()
+    assert plain != DataConfig(path="a").keyed_values()
+    assert plain != DataConfig(path="a", text_field="text", min_chars=200).keyed_values()
+
+
+def test_a_reward_function_counts_by_its_name_and_its_files_content() -> None:
+    def of(reference: str | None) -> PpoConfig:
+        return PpoConfig(reward_function=reference)
+
+    assert of("a/rewards.py:f").keyed_values() == of("b/other.py:f").keyed_values()
+    assert of("a/rewards.py:f").keyed_values() != of("a/rewards.py:g").keyed_values() != of(None).keyed_values()
+    assert of("a/rewards.py:f").input_files() == {"reward_function": Path("a/rewards.py")}
+    assert of(None).input_files() == {}
+    assert "reward_function" not in of(None).keyed_values()

@@ -92,6 +92,37 @@ def test_without_a_reward_model_nothing_is_scored_by_one() -> None:
     assert not any("reward_model" in inputs for _, _, inputs in graph.values())
 
 
+def test_a_reward_classifier_reads_nothing_and_stands_where_a_reward_model_would() -> None:
+    graph = graph_of("reward_model=null", "reward_classifier={label: A, path: m}")
+    assert set(graph) ^ set(SMOKE) == {"reward_classifier", "reward_model"}
+    assert graph["reward_classifier"] == ("reward_classifier", "reward_classifier", {})
+    for asset in ("ppo_policy", "base_evaluation", "sft_evaluation", "ppo_evaluation", "dpo_evaluation"):
+        _, _, inputs = graph[asset]
+        assert inputs["reward_classifier"] == "reward_classifier" and "reward_model" not in inputs
+
+
+def test_the_sentiment_recipe_trains_the_base_model_itself() -> None:
+    nodes = build_graph(load_recipe(RECIPES / "stories_sentiment.yaml"))
+    assert {asset: dict(node.inputs) for asset, node in nodes.items()} == {
+        "instructions": {},
+        "base_model": {},
+        "formatted_dataset": {"instructions": "instructions", "tokenizer": "base_model"},
+        "reward_classifier": {},
+        "ppo_policy": {
+            "dataset": "formatted_dataset", "trunk": "base_model", "reward_classifier": "reward_classifier",
+        },
+        "base_evaluation": {
+            "dataset": "formatted_dataset", "policy": "base_model", "trunk": "base_model",
+            "reward_classifier": "reward_classifier",
+        },
+        "ppo_evaluation": {
+            "dataset": "formatted_dataset", "policy": "ppo_policy", "trunk": "base_model",
+            "reward_classifier": "reward_classifier",
+        },
+        "comparison": {"base_model": "base_evaluation", "ppo_policy": "ppo_evaluation"},
+    }  # fmt: skip
+
+
 def test_reference_logprobs_exist_for_dpo_only() -> None:
     assert set(SMOKE) - set(graph_of("dpo=null")) == {"reference_logprobs", "dpo_policy", "dpo_evaluation"}
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from alignment_pipeline.configs import SftConfig
 from alignment_pipeline.errors import ModelError
+from alignment_pipeline.generation import generate
 from alignment_pipeline.models import (
     load_causal_lm,
     load_policy,
@@ -20,7 +21,6 @@ from alignment_pipeline.models import (
     save_trained,
     with_adapter,
 )
-from alignment_pipeline.sequences import generate
 
 # Merging computes W + s·BA once where the adapter computes Wx + s·BAx: float32 rounding of logits of size 1 to 10.
 MERGED = {"rtol": 1e-4, "atol": 1e-4}
@@ -206,9 +206,9 @@ def test_decoding_habits_that_ship_with_a_model_do_not_shape_what_is_sampled(
     trunk: Path, tiny_models: Any, habit: dict[str, Any]
 ) -> None:
     def sample() -> list[list[int]]:
-        settings = {"max_new_tokens": 8, "temperature": 1.5, "batch_size": 64, "seed": 0}
+        settings = {"max_new_tokens": 8, "temperature": 1.5, "batch_size": 256, "seed": 0}
         model = load_policy(trunk, trunk)
-        return [r.token_ids for r in generate(model, tiny_models.tokenizer, [[5, 9, 30, 40]] * 64, **settings)]
+        return [r.token_ids for r in generate(model, tiny_models.tokenizer, [[5, 9, 30, 40]] * 256, **settings)]
 
     plain = sample()
     assert any(40 in ids for ids in plain) and any(len(ids) < 8 for ids in plain)

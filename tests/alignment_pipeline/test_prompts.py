@@ -5,11 +5,14 @@ import pytest
 from alignment_pipeline.prompts import (
     control_character,
     format_prompt,
+    is_plain_text,
     is_utf8_text,
     normalised,
+    prefix_length,
     prompt_id,
     row_id,
     split_position,
+    split_text,
     splits_share_no_prompt,
 )
 
@@ -63,3 +66,23 @@ def test_tab_line_ends_and_printable_characters_are_no_control_characters() -> N
 def test_lone_surrogates_are_not_utf8_text() -> None:
     assert is_utf8_text("\U0001f600")
     assert not is_utf8_text("\ud83d")
+
+
+def test_a_row_without_an_instruction_is_a_plain_text_and_its_split_goes_by_the_whole_of_it() -> None:
+    text = {"instruction": "", "input": "", "output": "A film about trains."}
+    row = {"instruction": "Add.", "input": "1", "output": "A film about trains."}
+    assert (is_plain_text(text), is_plain_text(row)) == (True, False)
+    assert (split_text(text), split_text(row)) == ("A film about trains.", format_prompt("Add.", "1"))
+
+
+def test_prefix_lengths_are_uniform_over_both_bounds_and_a_function_of_seed_and_row() -> None:
+    rows = [row_id("", "", f"text {number}") for number in range(7000)]
+    lengths = [prefix_length(0, row, 2, 8) for row in rows]
+    for length in range(2, 9):
+        # 7,000 draws of 7 values: the standard deviation of a share of 1/7 is 0.0042; four of them.
+        assert lengths.count(length) / len(rows) == pytest.approx(1 / 7, abs=0.017)
+    assert set(lengths) == set(range(2, 9))
+    assert [prefix_length(0, row, 2, 8) for row in reversed(rows)] == lengths[::-1]
+    other = [prefix_length(1, row, 2, 8) for row in rows]
+    assert sum(a == b for a, b in zip(lengths, other, strict=True)) / len(rows) == pytest.approx(1 / 7, abs=0.017)
+    assert {prefix_length(0, row, 5, 5) for row in rows} == {5}

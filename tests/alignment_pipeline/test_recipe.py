@@ -10,6 +10,9 @@ from alignment_pipeline.recipe import Recipe, load_recipe
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 
+TEXTS = ("data.world_rows=null", "data.path=texts.jsonl", "data.text_field=text", "feedback=null",
+         "labelling.method=reference_chrf", "evaluation.judge=reference_chrf")  # fmt: skip
+
 
 def smoke_with(*overrides: str) -> Recipe:
     return load_recipe(SMOKE, overrides)
@@ -44,7 +47,7 @@ def test_every_recipe_that_is_shipped_loads(path: Path) -> None:
         (["labelling={}"], ["labelling.method: missing, expected a value for this key"]),
         (
             ["evaluation.judge=gpt4"],
-            ["evaluation.judge: found 'gpt4' (text), expected 'gold_rule' or 'reference_chrf'"],
+            ["evaluation.judge: found 'gpt4' (text), expected 'gold_rule', 'reference_chrf' or 'reward_classifier'"],
         ),
         (["seed=-1"], ["seed: found -1 (an integer), expected greater than or equal to 0"]),
         (["name=Smoke"], ["name: found 'Smoke', expected lower-case letters, digits and _"]),
@@ -97,7 +100,36 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         (["sampling=null", "labelling=null", "feedback=null"], "pairs: found without what it needs, expected a label"),
         (["pairs=null", "feedback=null"], "reward_model: found without what it needs, expected a pairs section"),
         (["pairs=null", "feedback=null", "reward_model=null"], "dpo: found without what it needs, expected a pairs"),
-        (["reward_model=null"], "ppo: found without what it needs, expected a reward_model section"),
+        (["reward_model=null"], "ppo: found without what it needs, expected a reward_model or reward_classifier sect"),
+        (["reward_classifier={label: A, path: m}"], "reward_classifier: found beside reward_model, expected one of"),
+        (["evaluation.judge=reward_classifier"], "evaluation.judge: found reward_classifier, expected a reward_class"),
+        (
+            ["reward_model=null", "reward_classifier={label: A}"],
+            "reward_classifier: found no source, expected exactly one of path, hub_name or train_path",
+        ),
+        (
+            ["reward_model=null", "reward_classifier={label: A, path: m, train_path: t}"],
+            "reward_classifier: found path and train_path, expected exactly one of path, hub_name or train_path",
+        ),
+        (
+            ["reward_model=null", "reward_classifier={label: GOOD, train_path: t}"],
+            "reward_classifier.label: found 'GOOD', expected one of label_names: NEGATIVE, POSITIVE",
+        ),
+        (
+            ["reward_model=null", "reward_classifier={label: A, train_path: t, label_names: [A, A]}"],
+            "reward_classifier.label_names: found A, A, expected different names",
+        ),
+        (
+            ["reward_model=null", "reward_classifier={label: POSITIVE, train_path: t, hidden_size: 68}"],
+            "reward_classifier.hidden_size: found 68, expected an even multiple of 4 heads",
+        ),
+        (["data.text_field=text"], "data.text_field: found beside world_rows"),
+        ([*TEXTS, "feedback={}"], "feedback: votes on plain texts cannot be taken in"),
+        ([*TEXTS, "formatting.prefix_tokens_min=9"], "formatting.prefix_tokens_min: found 9, expected at most pre"),
+        ([*TEXTS, "formatting.prefix_tokens_max=121"], "formatting.prefix_tokens_max: found 121, expected at most max"),
+        (["formatting.prefix_tokens_min=3"], "formatting.prefix_tokens_min: only plain texts use it"),
+        (["formatting.prefix_tokens_max=9"], "formatting.prefix_tokens_max: only plain texts use it"),
+        (["data.min_chars=2001"], "data.min_chars: found 2001, expected at most max_chars (2000)"),
         (["data.validation_fraction=0.4", "data.test_fraction=0.4"], "leave under a fifth of the prompts"),
         (["base_model.hidden_size=33"], "base_model.hidden_size: found 33, expected a multiple of 2 heads"),
         (["formatting.max_tokens=241"], "base_model.max_positions: found 240, expected at least 241"),
@@ -105,6 +137,10 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         (["ppo.max_new_tokens=121"], "base_model.max_positions: found 240, expected at least 241"),
         (["evaluation.max_new_tokens=121"], "base_model.max_positions: found 240, expected at least 241"),
         (["ppo.minibatch_size=3"], "ppo.minibatch_size: found 3, expected a divisor of rollout_batch_size (8)"),
+        (["ppo.microbatch_size=3"], "ppo.microbatch_size: found 3, expected a divisor of minibatch_size (4)"),
+        (["ppo.min_new_tokens=25"], "ppo.min_new_tokens: found 25, expected at most max_new_tokens (24)"),
+        (["ppo.value_warmup_updates=3"], "ppo.value_warmup_updates: found 3, expected fewer than updates (3)"),
+        (["ppo.kl_target_nats=6", "ppo.kl_coef=0"], "ppo.kl_target_nats: found with kl_coef 0, which it could never"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -125,6 +161,13 @@ def test_a_combination_that_cannot_work_is_refused_before_anything_runs(override
         ["base_model.hub_name=a/b", "base_model.hidden_size=33"],
         ["data.world_rows=null", "data.path=rows.jsonl", "evaluation.judge=reference_chrf"],
         ["formatting.max_tokens=240", "sampling.max_new_tokens=120"],
+        ["reward_model=null", "ppo.reward_function=rewards.py:reward"],
+        ["ppo.microbatch_size=4", "ppo.min_new_tokens=24", "ppo.value_warmup_updates=2"],
+        ["ppo.microbatch_size=2", "ppo.kl_target_nats=6", "ppo.kl_coef=0.01"],
+        ["reward_model=null", "reward_classifier={label: A, path: m}", "evaluation.judge=reward_classifier"],
+        ["reward_model=null", "reward_classifier={label: A, hub_name: a/b, hidden_size: 67}"],
+        ["reward_model=null", "reward_classifier={label: A, train_path: t, label_names: [A, B]}"],
+        [*TEXTS, "formatting.prefix_tokens_min=3", "formatting.prefix_tokens_max=3", "data.min_chars=200"],
     ],
     ids=" ".join,
 )
@@ -221,11 +264,16 @@ def test_a_path_on_the_command_line_is_relative_to_the_current_folder_and_in_a_f
     assert smoke_with(*external, "data.path=rows.jsonl").data.path == str(here / "rows.jsonl")
     assert smoke_with(*external, "data.path=~/rows.jsonl").data.path == str(tmp_path / "home" / "rows.jsonl")
     assert smoke_with("base_model.path=../model").base_model.path == str(tmp_path / "model")
+    classifier = smoke_with("reward_model=null", "reward_classifier={label: POSITIVE}",
+                            "reward_classifier.train_path=rows.jsonl").reward_classifier  # fmt: skip
+    assert classifier.train_path == str(here / "rows.jsonl")
     path = tmp_path / "recipes" / "smoke.yaml"
     path.parent.mkdir()
     path.write_text(SMOKE.read_text().replace("world_rows: 300", "path: ../rows.jsonl"))
     recipe = load_recipe(path, ["evaluation.judge=reference_chrf"])
     assert recipe.data.path == str(tmp_path / "rows.jsonl")
+    shipped = load_recipe(SMOKE.with_name("stories_sentiment.yaml"))
+    assert shipped.reward_classifier.train_path == str(SMOKE.parents[1] / "data/sst2/sst2_sentences_train.jsonl")
 
 
 def test_loading_a_recipe_imports_neither_torch_nor_an_orchestrator() -> None:

@@ -15,7 +15,7 @@ from alignment_pipeline.sequences import (
     encode,
     encode_responses,
     encode_side,
-    generate,
+    in_columns,
     pack,
     per_row,
     response_logits,
@@ -55,6 +55,13 @@ def test_a_batch_is_prompts_then_responses_then_padding() -> None:
     assert batch.attention_mask.tolist() == [[True, True, True, False], [True, True, True, True]]
     assert batch.response_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
     assert response_tokens(batch).tolist() == [8, 9, 10, 11]
+
+
+def test_response_columns_are_left_aligned_and_as_wide_as_the_longest_response() -> None:
+    batch = pack([[5, 6], [7], [8, 9, 10]], [[8], [9, 10, 11], [12, 13]], pad_id=0)
+    assert batch.response_columns.tolist() == [[True, False, False], [True, True, True], [True, True, False]]
+    columns = in_columns(response_tokens(batch), batch)
+    assert columns.tolist() == [[8, 0, 0], [9, 10, 11], [12, 13, 0]]
 
 
 def test_rows_of_a_batch_lose_padding_that_none_of_them_needs() -> None:
@@ -104,6 +111,17 @@ def test_log_probabilities_of_responses_are_those_of_the_full_logits(tiny_models
         torch.testing.assert_close(torch.tensor(scored), sums, rtol=0, atol=ROUNDING)
 
 
+def test_a_chosen_log_probability_has_the_gradient_of_the_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens, weights = torch.tensor([0, 8, 3, 3, 5]), torch.randn(5, generator=generator, dtype=torch.float64)
+    expected = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    found = chosen_logprobs(logits, tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)  # nine terms in double precision
+    (gradient,), (wanted,) = (torch.autograd.grad((weights * given).sum(), logits) for given in (found, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_adapters_log_probabilities_are_the_wrapped_models(tiny_models: Any, architecture: str) -> None:
     model = with_adapter(tiny_models.build(architecture), SftConfig(lora_rank=2), "CAUSAL_LM").eval()
@@ -131,79 +149,6 @@ def test_logits_are_float32_whatever_the_models_type(tiny_models: Any) -> None:
     model = tiny_models.build("opt").to(torch.bfloat16)
     batch = pack(PROMPTS, RESPONSES, tiny_models.tokenizer.pad_token_id)
     assert response_logits(model, batch).dtype == torch.float32
-
-
-def greedy_oracle(model: Any, prompt: list[int], eos: int, max_new_tokens: int) -> list[int]:
-    """Argmax of the full forward pass, one token at a time, no cache and no padding."""
-    ids = list(prompt)
-    for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == eos:
-            break
-    return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_generation_of_a_padded_batch_is_that_of_each_prompt_alone(tiny_models: Any, architecture: str) -> None:
-    tokenizer, model = tiny_models.tokenizer, tiny_models.build(architecture)
-    settings = {"max_new_tokens": 6, "temperature": 0.0, "batch_size": 4, "seed": 0}
-    found = [response.token_ids for response in generate(model, tokenizer, PROMPTS, **settings)]
-    assert found == [greedy_oracle(model, prompt, tokenizer.eos_token_id, 6) for prompt in PROMPTS]
-
-
-SAMPLING = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 8, "seed": 3}
-
-
-class TestSampling:
-    @pytest.fixture
-    def sampled(self, tiny_models: Any) -> Any:
-        model, prompts = tiny_models.build("opt"), PROMPTS * 8
-        return lambda **changes: generate(model, tiny_models.tokenizer, prompts, **(SAMPLING | changes))
-
-    def test_the_same_seed_gives_the_same_responses_whatever_was_drawn_before(self, sampled: Any) -> None:
-        first = sampled()
-        torch.manual_seed(12345)
-        torch.rand(7)
-        assert sampled() == first
-
-    def test_another_seed_gives_other_responses(self, sampled: Any) -> None:
-        assert sampled(seed=4) != sampled()
-
-    def test_batches_of_one_call_do_not_repeat_each_other(self, tiny_models: Any) -> None:
-        responses = generate(
-            tiny_models.build("opt"), tiny_models.tokenizer, [[5, 9]] * 4, **(SAMPLING | {"batch_size": 1})
-        )
-        assert len({tuple(response.token_ids) for response in responses}) == 4
-
-    def test_a_response_ends_at_its_first_end_token_or_at_the_limit(self, tiny_models: Any) -> None:
-        tokenizer = tiny_models.tokenizer
-        model = tiny_models.build("opt", init_std=0.02)  # near uniform over 300 tokens
-        with torch.no_grad():  # make the end token likely: the head is tied to the embeddings
-            model.lm_head.weight[tokenizer.eos_token_id] *= 3
-        responses = generate(model, tokenizer, PROMPTS * 64, **(SAMPLING | {"temperature": 0.4}))
-        assert {response.ended for response in responses} == {True, False}
-        for response in responses:
-            assert response.ended == (response.token_ids[-1] == tokenizer.eos_token_id)
-            assert tokenizer.eos_token_id not in response.token_ids[:-1]
-            assert response.ended or len(response.token_ids) == 6
-            assert "</s>" not in response.text
-            assert response.text == tokenizer.decode(response.token_ids, skip_special_tokens=True)
-
-    def test_sampling_is_from_the_full_distribution_at_the_temperature(self, tiny_models: Any) -> None:
-        model, tokenizer, draws, temperature = tiny_models.build("opt"), tiny_models.tokenizer, 4096, 0.7
-        prompt = PROMPTS[0]
-        responses = generate(
-            model, tokenizer, [prompt] * draws, max_new_tokens=1, temperature=temperature, batch_size=draws, seed=0
-        )
-        found = torch.bincount(torch.tensor([response.token_ids[0] for response in responses]), minlength=300) / draws
-        with torch.inference_mode():
-            expected = (model(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-        # Five binomial standard deviations a token, and a count of two for tokens that are nearly never drawn.
-        allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 2 / draws
-        assert ((found - expected).abs() <= allowed).all()
-        top_50_share = expected.sort(descending=True).values[:50].sum()
-        assert found[expected.argsort(descending=True)[50:]].sum() == pytest.approx(1 - top_50_share.item(), abs=0.04)
 
 
 def test_the_end_token_follows_only_the_side_of_a_pair_that_had_ended(tokenizer: Any) -> None:

@@ -112,6 +112,22 @@ def test_a_recipe_without_feedback_has_no_sensor_and_no_retraining_job() -> None
     assert "smoke_retraining" not in repository.job_names
 
 
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ([], {"counts_reconcile", "reward_classifier_beats_majority"}),
+        (["reward_classifier.train_path=null", "reward_classifier.path=folder"], set()),
+    ],
+    ids=["trained", "given"],
+)
+def test_a_classifier_is_checked_for_what_only_a_trained_one_reports(overrides: list[str], names: set[str]) -> None:
+    definitions = build_definitions([find_recipe("stories_sentiment", overrides)])
+    graph = definitions.resolve_asset_graph()
+    declared = {key for key in graph.asset_check_keys if key.asset_key.path[-1] == "reward_classifier"}
+    assert {key.name for key in declared} == names
+    assert {key.name for key in declared if graph.get_check_spec(key).blocking} == names & {"counts_reconcile"}
+
+
 def sections() -> Iterator[Any]:
     for recipe in all_recipes():
         for node in build_graph(recipe).values():

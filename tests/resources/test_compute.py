@@ -120,7 +120,7 @@ def test_an_input_file_counts_by_content_and_not_by_its_path(engine: Compute, tm
 
 
 def test_a_missing_file_is_named_with_the_remedy_and_recorded(engine: Compute, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nope\.jsonl does not exist.*--set data\.path=FILE"):
+    with pytest.raises(DataError, match=r"nope\.jsonl does not exist.*--set data\.path=PATH"):
         from_file(engine, tmp_path / "nope.jsonl")
     assert events(engine)[-1]["event"] == "failed" and "nope.jsonl" in events(engine)[-1]["error"]
 
@@ -269,3 +269,12 @@ def test_a_changed_dpo_learning_rate_makes_anew_what_depends_on_it_and_nothing_e
     assert finished["dpo_policy"]["reasons"] == ["learning_rate 0.001 → 0.002"]
     assert [reason.split()[0] for reason in finished["dpo_evaluation"]["reasons"]] == ["policy"]
     assert "because learning_rate 0.001 → 0.002" in done.stdout
+
+
+def test_a_missing_file_of_labelled_text_is_named_by_its_own_key(engine: Compute, tmp_path: Path) -> None:
+    missing = tmp_path / "labelled.jsonl"
+    recipe = load_recipe(
+        SMOKE, ["reward_model=null", f"reward_classifier={{label: POSITIVE, train_path: {missing}}}", *SMALL]
+    )
+    with pytest.raises(DataError, match=r"^reward_classifier\.train_path: .*labelled\.jsonl does not exist"):
+        engine.materialize(request_for(engine, recipe, "reward_classifier"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from alignment_pipeline.ppo.advantages import gae, token_rewards, whiten
+from alignment_pipeline.ppo.advantages import gae, whiten
 
-# Double precision, sums of up to ten terms of size 1 to 10.
+# Double precision, sums of up to thirty terms of size 1 to 10.
 ROUNDING = 1e-12
 NAN = float("nan")
 # A prompt of one and of three tokens, responses of four, one and three, padding on the right.
@@ -18,9 +18,9 @@ MASK = torch.tensor(
 )
 
 
-def random_pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_pair(seed: int, mask: torch.Tensor = MASK) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    first, second = torch.randn(2, *MASK.shape, generator=generator, dtype=torch.float64)
+    first, second = torch.randn(2, *mask.shape, generator=generator, dtype=torch.float64)
     return first, second
 
 
@@ -30,34 +30,6 @@ def rows_of(mask: torch.Tensor) -> list[list[int]]:
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
-
-
-def test_the_score_is_on_the_last_response_token_and_the_kl_penalty_on_each() -> None:
-    logprobs, ref_logprobs = random_pair(0)
-    scores = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-    rewards = token_rewards(scores, logprobs, ref_logprobs, MASK, kl_coef=0.5)
-    expected = torch.zeros_like(logprobs)
-    for row, columns in enumerate(rows_of(MASK)):
-        for column in columns:
-            expected[row, column] = -0.5 * (logprobs[row, column] - ref_logprobs[row, column])
-        expected[row, columns[-1]] += scores[row]
-    close(rewards, expected)
-    # Summed over a response: its score less kl_coef times its log-ratio.
-    close(rewards.sum(1), scores - 0.5 * torch.where(MASK, logprobs - ref_logprobs, 0).sum(1))
-
-
-def test_without_a_kl_penalty_only_the_score_is_left() -> None:
-    logprobs, ref_logprobs = random_pair(1)
-    rewards = token_rewards(torch.tensor([1.0, -2.0, 3.0]).double(), logprobs, ref_logprobs, MASK, kl_coef=0.0)
-    assert rewards[0, 4] == 1 and rewards[1, 3] == -2 and rewards[2, 5] == 3
-    assert rewards.count_nonzero() == 3
-
-
-def test_rewards_ignore_what_stands_outside_the_mask() -> None:
-    logprobs, ref_logprobs = random_pair(2)
-    clean = token_rewards(torch.ones(3).double(), logprobs, ref_logprobs, MASK, 0.5)
-    dirty = token_rewards(torch.ones(3).double(), torch.where(MASK, logprobs, NAN), ref_logprobs, MASK, 0.5)
-    assert torch.equal(clean, dirty)
 
 
 def test_advantages_of_a_hand_computed_case() -> None:
@@ -70,10 +42,12 @@ def test_advantages_of_a_hand_computed_case() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.5, 1e-9)])
-def test_advantages_are_the_papers_double_sum(gamma: float, gae_lambda: float) -> None:
-    rewards, values = random_pair(3)
+@pytest.mark.parametrize("lengths", [None, (7, 1, 4, 30, 12)], ids=["anywhere in the row", "from the first column"])
+def test_advantages_are_the_papers_double_sum(gamma: float, gae_lambda: float, lengths: tuple[int, ...] | None) -> None:
+    mask = MASK if lengths is None else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rewards, values = random_pair(3, mask)
     expected = torch.zeros_like(rewards)
-    for row, columns in enumerate(rows_of(MASK)):
+    for row, columns in enumerate(rows_of(mask)):
         value_at = {column: values[row, column].item() for column in columns}
         deltas = [
             rewards[row, column].item() + gamma * value_at.get(column + 1, 0.0) - value_at[column] for column in columns
@@ -82,9 +56,9 @@ def test_advantages_are_the_papers_double_sum(gamma: float, gae_lambda: float) -
             expected[row, column] = sum(
                 (gamma * gae_lambda) ** power * delta for power, delta in enumerate(deltas[start:])
             )
-    advantages, returns = gae(rewards, values, MASK, gamma, gae_lambda)
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
     close(advantages, expected)
-    close(returns, torch.where(MASK, expected + values, 0))
+    close(returns, torch.where(mask, expected + values, 0))
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8)])
@@ -152,3 +126,11 @@ def test_whitened_values_have_mean_zero_and_variance_one_over_the_columns_that_c
 def test_equal_values_are_whitened_to_zero() -> None:
     whitened = whiten(torch.full(MASK.shape, 3.0), MASK)
     assert (whitened == 0).all()
+
+
+def test_rewards_are_whitened_to_variance_one_and_keep_their_mean() -> None:
+    rewards = 7 + 3 * random_pair(10)[0]
+    scaled = whiten(torch.where(MASK, rewards, NAN), MASK, shift_mean=False)
+    assert scaled[MASK].mean().item() == pytest.approx(rewards[MASK].mean().item(), abs=ROUNDING)
+    assert scaled[MASK].var(unbiased=False).item() == pytest.approx(1, abs=1e-8)  # the epsilon of the variance
+    assert (scaled[~MASK] == 0).all()

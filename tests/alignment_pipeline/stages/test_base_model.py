@@ -68,6 +68,11 @@ def test_a_template_in_the_text_itself_brings_no_answer_in() -> None:
     assert not any("leaked" in document for document in unpaired_documents([row], seed=0))
 
 
+def test_a_plain_text_is_a_document_as_it_is() -> None:
+    texts = [{"instruction": "", "input": "", "output": f"text {number}"} for number in range(4)]
+    assert sorted(unpaired_documents(texts, seed=0)) == [text["output"] for text in texts]
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_pretraining_reads_the_train_split_only_and_every_document_ends(
     smoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int
@@ -166,6 +171,17 @@ class TestGivenModel:
         with pytest.raises(ModelError, match=r"given/model .*expected a folder with config\.json"):
             adopt(tmp_path / "run", path=str(given))
         assert list((tmp_path / "run" / "output").iterdir()) == []
+
+    def test_weights_that_are_not_all_there_are_refused_and_not_drawn_at_random(
+        self, tmp_path: Path, tiny_models: Any
+    ) -> None:
+        given = tiny_models.save(tiny_models.build("opt", num_hidden_layers=1), tmp_path / "given") / "model"
+        config = json.loads((given / "config.json").read_text())
+        (given / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+        with pytest.raises(
+            ModelError, match=r"lacks 16 of the weights of a OPTForCausalLM \(model\.decoder\.layers\.1"
+        ):
+            adopt(tmp_path / "run", path=str(given))
 
     def test_weights_that_are_not_finite_are_refused(self, tmp_path: Path, tiny_models: Any) -> None:
         model = tiny_models.build("opt")

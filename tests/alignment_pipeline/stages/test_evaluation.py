@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
+from alignment_pipeline.classifier import ClassifierScorer
+from alignment_pipeline.errors import ModelError
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stages.evaluation import evaluate_policy, exact_kl, summarize
@@ -82,6 +85,45 @@ def test_without_a_reward_model_there_is_no_learned_score(smoke: Any, tmp_path: 
     result = evaluate_policy(spec, ProgressLog(tmp_path / "progress.jsonl"))
     assert "eval/learned_score" not in result.metrics
     assert {row["learned_score"] for row in read_jsonl(spec.output_dir / "examples.jsonl")} == {None}
+
+
+def sft_evaluation_without_reward_model(smoke: Any, folder: Path, **inputs: Path) -> Any:
+    spec = smoke.spec("sft_evaluation", folder, prompts=8, max_new_tokens=6, judge="reward_classifier")
+    kept = {name: spec.inputs[name] for name in ("dataset", "policy", "trunk")}
+    return dataclasses.replace(spec, inputs=kept | inputs)
+
+
+def test_a_reward_classifier_judges_prompt_and_response_by_its_labels_share_and_scores_by_its_logit(
+    smoke: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    labels = {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    torch.manual_seed(0)
+    model = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=len(tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2,
+                         pad_token_id=tokenizer.pad_token_id, initializer_range=0.4, **labels)
+    )  # fmt: skip
+    classifier = tmp_path / "classifier"
+    model.save_pretrained(classifier / "model")
+    tokenizer.save_pretrained(classifier / "model")
+    (classifier / "summary.json").write_text('{"label": "NEGATIVE"}')
+    spec = sft_evaluation_without_reward_model(smoke, tmp_path / "run", reward_classifier=classifier)
+    result = evaluate_policy(spec, ProgressLog(tmp_path / "progress.jsonl"))
+    rows = read_jsonl(spec.output_dir / "examples.jsonl")
+    scorer = ClassifierScorer.load(classifier, "NEGATIVE")
+    texts = [row["prompt"] + row["response"] for row in rows]
+    rounding = 1e-5  # float32 in batches of another shape
+    assert [row["judge_score"] for row in rows] == pytest.approx(scorer.probabilities(texts, 1), abs=rounding)
+    assert [row["learned_score"] for row in rows] == pytest.approx(scorer.scores(texts, 1), abs=rounding)
+    assert result.metrics["eval/learned_score"] == pytest.approx(sum(scorer.scores(texts, 1)) / 8, abs=rounding)
+    assert {row["judge"] for row in rows} == {"reward_classifier"}
+    assert json.loads((spec.output_dir / "summary.json").read_text())["judge_title"] == "label probability"
+    assert len({row["judge_score"] for row in rows}) > 4
+
+
+def test_a_judge_that_is_a_classifier_needs_one(smoke: Any, tmp_path: Path) -> None:
+    spec = sft_evaluation_without_reward_model(smoke, tmp_path)
+    with pytest.raises(ModelError, match="found reward_classifier without such an artifact"):
+        evaluate_policy(spec, ProgressLog(tmp_path / "progress.jsonl"))
 
 
 def test_a_greedy_evaluation_does_not_depend_on_the_seed(smoke: Any, tmp_path: Path) -> None:

@@ -3,15 +3,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from alignment_pipeline.configs import FormattingConfig
 from alignment_pipeline.errors import DataError, ModelError
 from alignment_pipeline.identity import data_version, read_jsonl, write_jsonl
 from alignment_pipeline.progress import ProgressLog, read_progress
-from alignment_pipeline.prompts import format_prompt, prompt_id, row_id
+from alignment_pipeline.prompts import format_prompt, normalised, prefix_length, prompt_id, row_id
 from alignment_pipeline.stage import StageResult, StageSpec
-from alignment_pipeline.stages.formatted_dataset import format_dataset
+from alignment_pipeline.stages.formatted_dataset import cut_text, format_dataset
 
 SPLITS = ("train", "validation", "test")
 EOS = "</s>"
@@ -183,3 +183,112 @@ def test_a_missing_or_unusable_tokenizer_is_an_error_of_the_user(tmp_path: Path,
 def test_formatting_twice_gives_one_data_version(tmp_path: Path, tokenizer_artifact: Path) -> None:
     outputs = [format_rows(tmp_path / name, tokenizer_artifact, ROWS)[1] for name in ("a", "b")]
     assert data_version(outputs[0]) == data_version(outputs[1])
+
+
+def text_row(text: str, split: str) -> dict[str, Any]:
+    return row("", "", text, split) | {"prompt_id": prompt_id(text, "")}
+
+
+# Two or more tokens of a number, so that no two texts have one beginning, and at times a character of two tokens.
+TEXTS = [
+    text_row(f"{number:02d}{'é' if number % 4 == 0 else ' '}function x{number} ends here.", SPLITS[number % 3])
+    for number in range(60)
+]
+
+
+def test_a_texts_prompt_is_its_first_tokens_and_the_completion_the_rest(
+    tmp_path: Path, tokenizer_artifact: Path
+) -> None:
+    result, output = format_rows(tmp_path, tokenizer_artifact, TEXTS, prefix_tokens_min=3, prefix_tokens_max=6)
+    tokenizer = load(tokenizer_artifact)
+    source = {row["id"]: row["output"] for row in TEXTS}
+    made = [line for split in SPLITS for line in read_jsonl(output / f"{split}.jsonl")]
+    assert len(made) == len(TEXTS)
+    longer = 0
+    for line in made:
+        assert line["prompt"] + line["completion"] == source[line["id"]] + EOS
+        assert line["reference"] + EOS == line["completion"]
+        assert (line["instruction"], line["input"]) == ("", "")
+        assert line["prompt_id"] == prompt_id(line["prompt"], "")
+        ids = tokenizer.encode(source[line["id"]], add_special_tokens=False)
+        assert tokenizer.encode(line["prompt"], add_special_tokens=False) == ids[: line["prompt_tokens"]]
+        drawn = prefix_length(0, line["id"], 3, 6)
+        assert line["prompt_tokens"] >= drawn
+        longer += line["prompt_tokens"] > drawn  # é is two tokens, between which no text can be cut
+    assert 0 < longer < 15
+    assert all(check.passed for check in result.checks)
+
+
+def test_a_texts_prompt_does_not_depend_on_order_or_other_rows(tmp_path: Path, tokenizer_artifact: Path) -> None:
+    prompts = []
+    for name, rows in (("all", TEXTS), ("some", TEXTS[::-1][:40])):
+        _, output = format_rows(tmp_path / name, tokenizer_artifact, rows)
+        lines = [line for split in SPLITS for line in read_jsonl(output / f"{split}.jsonl")]
+        prompts.append({line["id"]: line["prompt"] for line in lines})
+    assert prompts[1] == {identity: prompts[0][identity] for identity in prompts[1]}
+
+
+def test_a_prompt_that_several_splits_have_is_kept_in_the_one_that_is_held_out_most(
+    tmp_path: Path, tokenizer_artifact: Path
+) -> None:
+    same = {
+        split: [text_row(f"Write  function {split} {number}." if number else f"write function {split}.", split)
+                for number in range(3)]
+        for split in SPLITS
+    }  # fmt: skip
+    others = [text_row(f"{number} x {split}", split) for number, split in enumerate(SPLITS)]
+    shouted = text_row("ZQ is a name", "train")
+    rows = [*(row for split in SPLITS for row in same[split]), *others, shouted, text_row("zq is a name too", "test")]
+    two = {"prefix_tokens_min": 2, "prefix_tokens_max": 2}
+    result, output = format_rows(tmp_path, tokenizer_artifact, rows, **two)
+    kept = {split: read_jsonl(output / f"{split}.jsonl") for split in SPLITS}
+    owner = {
+        normalised(line["prompt"]): split for split in reversed(SPLITS[1:]) for line in kept[split]
+    }  # a prompt's split is the first of test and validation that has it
+    assert "test" in owner.values() and len(owner) < 7
+    dropped = {line["id"]: line["reason"] for line in read_jsonl(output / "dropped.jsonl")}
+    assert set(dropped.values()) == {"prompt_is_held_out"}
+    assert {line["id"] for line in kept["test"]} >= {row["id"] for row in same["test"]}
+    assert set(dropped) >= {row["id"] for split in ("train", "validation") for row in same[split]} | {shouted["id"]}
+    assert next(check for check in result.checks if check.name == "splits_share_no_prompt").passed
+
+
+def test_a_text_too_short_to_be_cut_or_with_the_eos_text_in_it_is_dropped_with_its_reason(
+    tmp_path: Path, tokenizer_artifact: Path
+) -> None:
+    short, ends, starts = (text_row(text, "train") for text in ("x", f"films end {EOS} here", f"{EOS} films end here"))
+    _, output = format_rows(
+        tmp_path, tokenizer_artifact, [*TEXTS, short, ends, starts], prefix_tokens_min=2, prefix_tokens_max=2
+    )
+    dropped = {line["id"]: line["reason"] for line in read_jsonl(output / "dropped.jsonl")}
+    assert dropped == {short["id"]: "no_place_to_cut", ends["id"]: "contains_eos", starts["id"]: "contains_eos"}
+
+
+@pytest.fixture(scope="module")
+def prepending_tokenizer() -> Any:
+    """Llama's kind: a space is put before every text and taken off every decoded one."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<pad>", EOS])
+    tokenizer.train_from_iterator(["the films are long and the reviews are short"] * 10, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=EOS, unk_token="<unk>")
+
+
+def test_a_tokenizer_that_puts_a_space_before_texts_is_cut_between_words_without_it(prepending_tokenizer: Any) -> None:
+    text = "the reviews are long"
+    ids = prepending_tokenizer.encode(text, add_special_tokens=False)
+    cuts = {cut_text(text, prepending_tokenizer, tokens) for tokens in range(1, len(ids))}
+    assert cuts <= {("the", "reviews are long"), ("the reviews", "are long"), ("the reviews are", "long"), ("", "")}
+    assert len(cuts) >= 3
+    for prompt, rest in cuts - {("", "")}:
+        parts = [prepending_tokenizer.encode(part, add_special_tokens=False) for part in (prompt, rest)]
+        assert parts[0] + parts[1] == ids
+        assert prepending_tokenizer.decode(parts[1]) == rest  # a continuation by the policy compares with it
+
+
+def test_a_text_that_the_tokenizer_does_not_give_back_has_no_place_to_cut(prepending_tokenizer: Any) -> None:
+    assert cut_text("ЖЖЖ the films are long", prepending_tokenizer, 2) == ("", "")

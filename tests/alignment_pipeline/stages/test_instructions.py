@@ -266,3 +266,69 @@ def test_every_row_of_the_real_codealpaca_is_kept_or_quarantined(tmp_path: Path)
         original = source[row["source_line"] - 1]
         assert all(row[name] == original[name] for name in ("instruction", "input", "output"))
     assert all(check.passed for check in result.checks)
+
+
+TEXTS = [f"Film number {number} is\n\u2028 long. " for number in range(200)]
+
+
+def ingest_texts(folder: Path, records: list[Any], **config: Any) -> tuple[StageResult, Path]:
+    path = write_lines(folder / "texts.jsonl", [r if isinstance(r, bytes) else encoded(r) for r in records])
+    return ingest(folder, path=path, text_field="review", **config)
+
+
+def test_plain_texts_are_rows_of_an_output_alone_and_other_columns_are_ignored(tmp_path: Path) -> None:
+    records = [{"review": text, "label": 1, "instruction": "not this", "output": 3} for text in TEXTS]
+    result, output = ingest_texts(tmp_path, records)
+    rows = read_jsonl(output / "rows.jsonl")
+    assert [(row["instruction"], row["input"], row["output"]) for row in rows] == [("", "", text) for text in TEXTS]
+    for line, row in enumerate(rows, start=1):
+        assert set(row) == {"id", "prompt_id", "instruction", "input", "output", "split", "source_line"}
+        assert row["id"] == row_id("", "", row["output"])
+        assert row["prompt_id"] == prompt_id(row["output"], "")
+        assert row["source_line"] == line
+    assert {row["split"] for row in rows} == set(instructions.SPLITS)
+    assert {check.name: (check.passed, check.blocking) for check in result.checks} == {
+        "splits_share_no_prompt": (True, True),
+        "counts_reconcile": (True, True),
+    }
+
+
+BAD_TEXTS = {
+    "missing_key": [{"text": "another column"}, {}],
+    "wrong_type": [{"review": 3}, {"review": None}, {"review": ["a"]}, ["a"]],
+    "empty_text": [{"review": ""}, {"review": " \n"}],
+    "over_long": [{"review": "a" * 101}],
+    "too_short": [{"review": "a" * 9}],
+    "duplicate": [{"review": TEXTS[3], "label": 0}],
+    "control_characters": [{"review": "null \x00 in a text"}],
+    "invalid_utf8": [b'{"review": "lone surrogate \\ud800"}'],
+}
+
+
+@pytest.mark.parametrize("reason", BAD_TEXTS)
+def test_each_kind_of_bad_text_goes_to_quarantine_with_its_reason_and_line(tmp_path: Path, reason: str) -> None:
+    records = [*({"review": text} for text in TEXTS), *BAD_TEXTS[reason]]
+    result, output = ingest_texts(tmp_path, records, min_chars=10, max_chars=100)
+    quarantined = read_jsonl(output / "quarantine.jsonl")
+    expected = [(reason, 201 + index) for index in range(len(BAD_TEXTS[reason]))]
+    assert [(row["reason"], row["source_line"]) for row in quarantined] == expected
+    assert all(check.passed for check in result.checks)
+
+
+def test_the_bounds_of_a_texts_length_are_themselves_allowed(tmp_path: Path) -> None:
+    records = [*({"review": text} for text in TEXTS), {"review": "a" * 10}, {"review": "b" * 100}]
+    result, _ = ingest_texts(tmp_path, records, min_chars=10, max_chars=100)
+    assert result.metrics["data/kept"] == 202
+
+
+def test_texts_that_differ_in_case_and_whitespace_only_fall_in_one_split(tmp_path: Path) -> None:
+    records = [{"review": text} for number in range(60) for text in (f"Film {number}.", f"film  {number}. ")]
+    _, output = ingest_texts(tmp_path, records, validation_fraction=0.3, test_fraction=0.3)
+    rows = read_jsonl(output / "rows.jsonl")
+    assert len(rows) == 120
+    assert all(rows[start]["split"] == rows[start + 1]["split"] for start in range(0, 120, 2))
+
+
+def test_a_text_field_that_no_row_has_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'missing_key': 200.*expected JSON objects with a text .* in review"):
+        ingest_texts(tmp_path, [{"text": text} for text in TEXTS])

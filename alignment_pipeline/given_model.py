@@ -1,0 +1,68 @@
+"""A model that somebody else made, from a folder or the hub: read as safetensors, with a padding token of its own.
+
+Belongs here: what `stages.base_model` and `stages.reward_classifier` ask of such a model alike. The artifacts that they
+publish are read by `models`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from alignment_pipeline.errors import ModelError
+
+PAD = "<pad>"
+
+
+def read_given_model(
+    section: str, source: Path | str, revision: str | None, auto_class: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a folder (a path) or of the hub (a name), the model in float32.
+
+    Args:
+        section: Section of the recipe that names the model, for errors.
+        source: The folder, or the name on the hub.
+        revision: Commit or tag on the hub; None for its main branch.
+        auto_class: transformers' class that reads the model.
+
+    Raises:
+        ModelError: A part is missing or unsafe to read, or the weights lack some that the class needs, which
+            transformers would fill in at random.
+    """
+    local = isinstance(source, Path)
+    remedy = (
+        "expected a folder with config.json, tokenizer files and safetensors"
+        if local
+        else f"expected a model on the hub; without a network set {section}.path to a folder that holds the model"
+    )
+    if local and not Path(source).is_dir():
+        raise ModelError(f"{section}.path: {source} is not a folder, {remedy}.")
+    if local and not any(Path(source).glob("tokenizer*.json")) and not any(Path(source).glob("vocab.*")):
+        # transformers would make an empty tokenizer up from config.json
+        raise ModelError(f"{section}.path: {source} holds no tokenizer files, {remedy}.")
+    options: dict[str, Any] = {"local_files_only": True} if local else {"revision": revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, found = auto_class.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{section}: {source} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]}), "
+            "expected all of them; it was made for another purpose."
+        )
+    return model, tokenizer
+
+
+def give_padding_of_its_own(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Add a padding token where there is none or where it is the end token; its embedding is drawn from `seed`."""
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            torch.manual_seed(seed)  # the new rows are drawn at random
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
