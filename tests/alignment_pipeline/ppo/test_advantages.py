@@ -43,7 +43,9 @@ def test_advantages_of_a_hand_computed_case() -> None:
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.5, 1e-9)])
 @pytest.mark.parametrize("lengths", [None, (7, 1, 4, 30, 12)], ids=["anywhere in the row", "from the first column"])
-def test_advantages_are_the_papers_double_sum(gamma: float, gae_lambda: float, lengths: tuple[int, ...] | None) -> None:
+def test_advantages_are_the_papers_double_sum(
+    gamma: float, gae_lambda: float, lengths: tuple[int, ...] | None
+) -> None:
     mask = MASK if lengths is None else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rewards, values = random_pair(3, mask)
     expected = torch.zeros_like(rewards)

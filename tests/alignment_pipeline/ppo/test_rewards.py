@@ -42,7 +42,9 @@ def kl_at(log_ratio: float, estimator: KlEstimator) -> float:
         ("k3", 0.5 - 1 + math.log(2), 2 - 1 - math.log(2)),
     ],
 )
-def test_the_kl_estimators_of_hand_computed_cases(estimator: KlEstimator, at_ln_2: float, at_minus_ln_2: float) -> None:
+def test_the_kl_estimators_of_hand_computed_cases(
+    estimator: KlEstimator, at_ln_2: float, at_minus_ln_2: float
+) -> None:
     assert kl_at(math.log(2), estimator) == pytest.approx(at_ln_2, abs=ROUNDING)
     assert kl_at(-math.log(2), estimator) == pytest.approx(at_minus_ln_2, abs=ROUNDING)
     assert kl_at(0.0, estimator) == 0.0

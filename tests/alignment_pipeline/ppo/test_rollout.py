@@ -211,9 +211,7 @@ class TestNumbersThatAreNotFinite:
         def score(prompts: Sequence[Prompt], responses: Sequence[Any]) -> list[float]:
             return [bad if prompt.row_id in ("row 2", "row 5") else 1.0 for prompt in prompts]
 
-        with pytest.raises(
-            NonFiniteError, match=r"the score that is .* in 2 responses \(rows row 2, row 5\)"
-        ) as caught:
+        with pytest.raises(NonFiniteError, match=r"the score that is .* in 2 responses \(rows row 2, row 5\)") as caught:
             ppo_case(score=score).collect()
         assert caught.value.row_ids == ("row 2", "row 5")
 

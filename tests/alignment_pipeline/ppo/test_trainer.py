@@ -88,9 +88,7 @@ def test_eight_microbatches_of_a_row_are_one_of_eight_rows(
         trainer = ppo_case(microbatch_size=microbatch_size, **settings).shaken().trainer()
         trainer.update()
         assert trainer.rollout is not None
-        assert (
-            len({len(response.token_ids) for response in trainer.rollout.responses}) > 3
-        )  # or means of means would do
+        assert len({len(response.token_ids) for response in trainer.rollout.responses}) > 3  # or means of means would do
     for group, other in itertools.product(range(2), (1, 2)):
         whole, parts = steps.flat(0, group), steps.flat(other, group)
         torch.testing.assert_close(parts, whole, rtol=0, atol=ROUNDING * whole.abs().max().item())

@@ -133,9 +133,7 @@ class TestNumbersThatAreNotFinite:
             "def reward(prompts, responses):\n"
             "    return [float('nan') if p in ('3:', '7:') else 0.0 for p in prompts]\n"
         )  # fmt: skip
-        with pytest.raises(
-            ModelError, match=r"PPO update 1: Found the score that is .* nothing was published"
-        ) as caught:
+        with pytest.raises(ModelError, match=r"PPO update 1: Found the score that is .* nothing was published") as caught:
             toy.train(reward_function=reference)
         assert list((toy.folder / "output").iterdir()) == []
         path = toy.folder / "work" / NON_FINITE_FILE
