@@ -344,17 +344,21 @@ def enumeration_costs(model: Any, longest: int, extrapolate: Sequence[tuple[int,
     """
     rows = []
     vocab_size = len(VOCABULARY)
-    response_logprobs(model, all_responses(vocab_size, 1))  # what only the first call costs
+    _seconds_of_z(model, 1)  # not counted: it pays for what only a first call costs
     for length in range(1, longest + 1):
-        started = time.perf_counter()
-        responses = all_responses(vocab_size, length)
-        logprobs = torch.cat([response_logprobs(model, part) for part in torch.split(responses, _CHUNK)])
-        optimum(logprobs, reward(responses), beta=1.0)
-        rows.append(_cost(vocab_size, length, math.log10(time.perf_counter() - started), measured=True))
+        rows.append(_cost(vocab_size, length, math.log10(_seconds_of_z(model, length)), measured=True))
     per_response = rows[-1].log10_seconds - rows[-1].log10_responses
     for size, length in extrapolate:
         rows.append(_cost(size, length, per_response + length * math.log10(size), measured=False))
     return rows
+
+
+def _seconds_of_z(model: Any, length: int) -> float:
+    started = time.perf_counter()
+    responses = all_responses(len(VOCABULARY), length)
+    logprobs = torch.cat([response_logprobs(model, part) for part in torch.split(responses, _CHUNK)])
+    optimum(logprobs, reward(responses), beta=1.0)
+    return time.perf_counter() - started
 
 
 def _cost(vocab_size: int, length: int, log10_seconds: float, *, measured: bool) -> EnumerationCost:
