@@ -11,11 +11,13 @@ from typing import Any
 from alignment_pipeline.progress import metric_series
 
 _INCHES = (6.0, 3.5)
+_WIDE_INCHES = (11.0, 4.0)
 _DPI = 110
 _BINS = 40
 _PANEL_INCHES = 3.2
 _CURVES = ("train/loss", "objective/score", "objective/kl", "reward/accuracy", "dpo/accuracy", "dpo/margin",
            "policy/entropy", "value/explained_variance")  # fmt: skip
+_GREY = "#c9ced6"
 _COLOURS = ("#3b6fb6", "#d9822b", "#3f9a6d", "#a8518a", "#8a7a3d", "#5c6470")
 
 
@@ -54,6 +56,69 @@ def bars(path: Path, values: Mapping[str, tuple[float, float]], title: str, ylab
     figure, axes = _figure(title, "", ylabel)
     heights, half_widths = [value for value, _ in values.values()], [width for _, width in values.values()]
     axes.bar(list(values), heights, yerr=half_widths, color=_colours(len(values)), width=0.6, capsize=4)
+    _save(figure, axes, path, legend=False)
+
+
+def distributions(
+    path: Path,
+    labels: Sequence[str],
+    filled: Mapping[str, Sequence[float]],
+    marked: Mapping[str, Sequence[float]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Draw distributions over named outcomes: wide bars within one another for some, marks on top for others."""
+    figure = _canvas(_WIDE_INCHES)
+    axes = figure.add_subplot()
+    _dress(axes, title, xlabel, ylabel)
+    places = range(len(labels))
+    for (name, values), colour, width in zip(filled.items(), (_GREY, _COLOURS[0]), (0.9, 0.5), strict=True):
+        axes.bar(places, values, label=name, color=colour, width=width)
+    for (name, values), colour, mark in zip(marked.items(), _COLOURS[1:], "ox^", strict=False):
+        axes.plot(places, values, mark, label=name, color=colour, markersize=4.5, fillstyle="none", markeredgewidth=1.3)
+    axes.set_xticks(places, labels, rotation=90, fontsize=7, family="monospace")
+    axes.set_xlim(-1, len(labels))
+    axes.grid(visible=False, axis="x")
+    _save(figure, axes, path, legend=True)
+
+
+def below_a_curve(
+    path: Path,
+    curve: tuple[str, Sequence[tuple[float, float]]],
+    ways: Mapping[str, Sequence[tuple[float, float]]],
+    ends: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Draw a bounding curve, shaded above, ways that points take below it, and where several end.
+
+    Args:
+        path: The PNG.
+        curve: Name and (x, y) points of the bound, x ascending.
+        ways: Name → (x, y) points in order, joined.
+        ends: Name → single points; the first series are open circles, the second crosses.
+        title: Title.
+        xlabel: What x is, with its unit.
+        ylabel: What y is, with its unit.
+    """
+    figure, axes = _figure(title, xlabel, ylabel)
+    name, bound = curve
+    xs, ys = zip(*bound, strict=True)
+    top = max(ys) + 0.12 * (max(ys) - min(ys))
+    axes.fill_between(xs, ys, top, color=_GREY, alpha=0.45, linewidth=0, label="no policy can be here")
+    axes.plot(xs, ys, color="black", linewidth=1.4, label=name)
+    for (name, points), colour in zip(ways.items(), _colours(len(ways)), strict=True):
+        axes.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=0.9, markersize=4, label=name)
+    for (name, points), mark in zip(ends.items(), ("o", "x"), strict=False):
+        axes.plot(*zip(*points, strict=True), mark, color="black", markersize=8, fillstyle="none", label=name)
+    reached = max(x for points in (*ways.values(), *ends.values()) for x, _ in points)
+    axes.set_xlim(-0.02 * reached, 1.4 * reached)
+    lowest = min(y for points in (bound, *ways.values(), *ends.values()) for _, y in points)
+    highest = max(y for points in (*ways.values(), *ends.values()) for _, y in points)
+    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.25 * (highest - lowest))
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     _save(figure, axes, path, legend=False)
 
 

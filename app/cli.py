@@ -1,4 +1,4 @@
-"""`align`: run a recipe, list recipes, show results, chat with a policy, open the web UI.
+"""`align`: run a recipe, list recipes, show results, chat with a policy, check the algorithms, open the web UI.
 
 Heavy imports happen inside commands, so that `align --help` and mistakes answer at once.
 """
@@ -108,6 +108,27 @@ def chat(
 
     use_dagster_instance(alignment_home())
     chat_with(_console, find_recipe(recipe), policy, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def oracle(
+    betas: Annotated[
+        list[float] | None, typer.Option("--beta", help="Strength of the KL penalty; repeatable. Default: 1, 2, 4.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the reference policy, of sampling and of training.", min=0)] = 0,
+    updates: Annotated[int, typer.Option(help="PPO's updates; too few and it does not arrive.", min=1)] = 100,
+) -> None:
+    """Check PPO and DPO against the exact optimum of a tiny model, with tables and plots. About a minute and a half."""
+    from app.oracle import DEFAULT_BETAS, check_betas, run_oracle
+
+    chosen = list(dict.fromkeys(betas or DEFAULT_BETAS))
+    check_betas(chosen)
+    home = prepare_home(alignment_home())
+    use_dagster_instance(home)
+    folder = home / "oracle"
+    folder.mkdir(exist_ok=True)
+    if not run_oracle(_console, chosen, seed, updates, folder):
+        raise AlignmentError("A claim marked ✗ above does not hold.")
 
 
 @app.command()

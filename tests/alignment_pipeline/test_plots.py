@@ -1,7 +1,7 @@
 import struct
 from pathlib import Path
 
-from alignment_pipeline.plots import bars, curves, histogram
+from alignment_pipeline.plots import bars, below_a_curve, curves, distributions, histogram
 
 
 def size_of(png: bytes) -> tuple[int, int]:
@@ -28,3 +28,19 @@ def test_a_plot_of_nothing_is_an_empty_plot(tmp_path: Path) -> None:
     histogram(tmp_path / "h.png", {"prompt": []}, "Lengths", "tokens")
     curves(tmp_path / "c.png", {}, "Loss", "step", "loss")
     assert size_of((tmp_path / "h.png").read_bytes()) == size_of((tmp_path / "c.png").read_bytes())
+
+
+def test_distributions_are_wide_and_the_plane_below_a_curve_is_drawn_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        distributions(
+            tmp_path / name / "d.png", ["aa", "ab", "ba"], {"reference": [0.5, 0.3, 0.2], "optimum": [0.2, 0.3, 0.5]},
+            {"ppo": [0.2, 0.3, 0.5], "dpo": [0.25, 0.3, 0.45]}, "Policies", "response", "probability",
+        )  # fmt: skip
+        below_a_curve(
+            tmp_path / name / "c.png", ("bound", [(0.0, 0.0), (1.0, 1.0), (2.0, 1.5)]),
+            {"ppo": [(0.0, 0.0), (1.0, 0.8)]}, {"optimum": [(1.0, 1.0)], "dpo": [(0.9, 0.8)]}, "Plane", "KL", "reward",
+        )  # fmt: skip
+    for plot, size in (("d.png", (1210, 440)), ("c.png", (660, 385))):
+        first = (tmp_path / "first" / plot).read_bytes()
+        assert size_of(first) == size
+        assert first == (tmp_path / "second" / plot).read_bytes()
