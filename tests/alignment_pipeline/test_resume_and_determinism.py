@@ -68,6 +68,7 @@ def run(smoke: Any, asset: str, spec: StageSpec[Any], log: ProgressLog) -> Any:
         ("ppo_policy", 1, EVERYTHING_OF_PPO),  # before the first checkpoint
         ("ppo_policy", 3, EVERYTHING_OF_PPO),
         ("ppo_policy", 4, EVERYTHING_OF_PPO | {"method": "full"}),
+        ("ppo_policy", 2, {"value_trunk": "reward_model"}),
     ],
     ids=lambda value: "-".join([*value][:2]) if isinstance(value, dict) else str(value),
 )

@@ -33,12 +33,12 @@ class PpoCase:
 
     def __init__(
         self, tiny_models: Any, architecture: str = "opt", score: ScoreFunction = token_score,
-        reward_adapter: Path | None = None, **config: Any,
+        reward_adapter: Path | None = None, reward_model: Any = None, **config: Any,
     ) -> None:  # fmt: skip
         self.tokenizer, self.config, self.score = tiny_models.tokenizer, PpoConfig(**(SETTINGS | config)), score
         self.prompts = [Prompt(f"row {row}", f"{row}:", [row + 20, *PROMPTS[row % 4]]) for row in range(16)]
         torch.manual_seed(0)
-        self.policy = PolicyWithValue(tiny_models.build(architecture), self.config, reward_adapter)
+        self.policy = PolicyWithValue(tiny_models.build(architecture), self.config, reward_adapter, reward_model)
 
     def shaken(self) -> "PpoCase":
         """As if trained for a while: policy, values and reference differ."""

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "value_trunk": "separate"},
     "full": {"method": "full", "microbatch_size": 1},
+    "reward_model": {"method": "lora", "value_trunk": "reward_model", "score_normalization": "none"},
 }
 # Gradients are the same sums in another order: they differ in a float32's last places (1e-6 of the largest), which
 # AdamW (its epsilon 1e-5) turns into at most a thousandth of a step of 1e-3. Twelve steps move weights by up to 1e-2.

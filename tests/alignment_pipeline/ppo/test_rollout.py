@@ -4,6 +4,7 @@ trunk, and the trunk."""
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import NonFiniteError
+from alignment_pipeline.models import load_scorer
 from alignment_pipeline.ppo.advantages import gae, whiten
 from alignment_pipeline.ppo.plan import microbatches, minibatches
 from alignment_pipeline.ppo.rewards import ScoreStatistics, token_kls, token_rewards
@@ -203,6 +205,37 @@ def test_an_untrained_policy_has_no_kl_at_any_temperature(ppo_case: Cases) -> No
     for temperature in (1.0, 0.5):
         rollout, _ = ppo_case(temperature=temperature).collect()
         assert (rollout.kl_nats == 0).all() and (rollout.kl_nats_k3 == 0).all() and (rollout.kl_nats_at_1 == 0).all()
+
+
+class TestValuesThatStartAsTheRewardModel:
+    @pytest.mark.parametrize("apart", [False, True], ids=["on the policy's trunk", "in its own memory"])
+    @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
+    def test_a_value_is_the_score_of_what_was_seen_before_its_token(
+        self, ppo_case: Cases, reward_artifact: Callable[[str], tuple[Path, Path]], architecture: str, apart: bool
+    ) -> None:
+        trunk, reward = reward_artifact(architecture)
+        scorer = load_scorer(reward, trunk)
+        given = {"reward_model": scorer} if apart else {"reward_adapter": reward}
+        case = ppo_case(architecture, value_trunk="reward_model", microbatch_size=2, **given)
+        rollout, _ = case.collect()
+        for row, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+            with torch.inference_mode():
+                states = scorer.base_model(torch.tensor([prompt.token_ids + response.token_ids])).last_hidden_state
+                seen = scorer.score(states)[0, len(prompt.token_ids) - 1 : -1, 0]
+            found = rollout.old_values[row, : len(response.token_ids)].tolist()
+            assert found == pytest.approx(seen.tolist(), abs=10 * ROUNDING)  # the adapter merged or not
+
+    def test_a_value_of_normalised_scores_is_zero(
+        self, ppo_case: Cases, reward_artifact: Callable[[str], tuple[Path, Path]]
+    ) -> None:
+        _, reward = reward_artifact("opt")
+        settings = {"value_trunk": "reward_model", "score_normalization": "running"}
+        rollout, _ = ppo_case(reward_adapter=reward, **settings).collect()
+        assert (rollout.old_values == 0).all()
+
+    def test_without_a_reward_model_it_is_refused(self, ppo_case: Cases) -> None:
+        with pytest.raises(ValueError, match="value_trunk is reward_model, expected a reward model to start from"):
+            ppo_case(value_trunk="reward_model")
 
 
 class TestNumbersThatAreNotFinite:

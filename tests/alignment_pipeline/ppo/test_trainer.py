@@ -2,6 +2,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import NonFiniteError
+from alignment_pipeline.models import load_scorer
 from alignment_pipeline.ppo.losses import masked_mean, policy_losses, value_losses
 from alignment_pipeline.ppo.rewards import adapted_kl_coef
 from alignment_pipeline.ppo.trainer import PpoTrainer, learning_rate_share
+from alignment_pipeline.scorers import RewardModelScorer, SharedTrunkScorer
 
 # One step's gradients, summed over tokens in another order: float32, relative to the largest of a tensor.
 ROUNDING = 1e-5
@@ -286,6 +289,64 @@ def test_a_trainer_goes_on_from_its_state_to_the_bit(ppo_case: Cases, method: st
     assert [without_times(resumed.update()) for _ in range(2)] == expected
     assert same_to_the_bit(resumed.state(), whole.state())
     assert first[0]["objective/kl_coef"] != expected[0]["objective/kl_coef"]
+
+
+class TestValuesThatStartAsTheRewardModel:
+    @pytest.fixture(params=["on the policy's trunk", "in its own memory"])
+    def rewarded(
+        self, request: pytest.FixtureRequest, ppo_case: Cases, reward_artifact: Callable[[str], tuple[Path, Path]]
+    ) -> Cases:
+        """A case whose scores come from a reward model, as its values do at first."""
+        trunk, reward = reward_artifact("opt")
+
+        def made(**config: Any) -> Any:
+            if request.param == "in its own memory":
+                model = load_scorer(reward, trunk)
+                case = ppo_case(reward_model=model, value_trunk="reward_model", **config)
+                case.score, case.frozen = RewardModelScorer(model, case.tokenizer.pad_token_id, 4), model
+                return case
+            case = ppo_case(reward_adapter=reward, value_trunk="reward_model", **config)
+            case.score, case.frozen = SharedTrunkScorer(case.policy, case.tokenizer.pad_token_id, 4), None
+            return case
+
+        return made
+
+    def test_they_are_trained_and_neither_policy_nor_reward_feel_it(self, rewarded: Cases, steps: Steps) -> None:
+        for value_coef in (0.0, 5.0):
+            case = rewarded(value_coef=value_coef, max_grad_norm=NOT_CLIPPED, minibatch_size=8, ppo_epochs=2)
+            values, reward = [p.clone() for p in case.policy.value_parameters()], reward_parameters(case)
+            assert len(values) > 2 and len(reward) > 2
+            case.trainer().update()
+            moved = [not torch.equal(*pair) for pair in zip(case.policy.value_parameters(), values, strict=True)]
+            assert sum(moved) > len(moved) / 2 if value_coef else not any(moved)
+            assert same_to_the_bit(reward_parameters(case), reward)
+        assert torch.equal(steps.flat(0, 0), steps.flat(2, 0))
+
+    def test_microbatches_change_nothing(self, rewarded: Cases, steps: Steps) -> None:
+        for microbatch_size in (8, 1):
+            sizes = {"minibatch_size": 8, "ppo_epochs": 1, "microbatch_size": microbatch_size}
+            rewarded(max_grad_norm=NOT_CLIPPED, value_coef=1.0, **sizes).trainer().update()
+        for group in range(2):
+            whole, parts = steps.flat(0, group), steps.flat(1, group)
+            torch.testing.assert_close(parts, whole, rtol=0, atol=ROUNDING * whole.abs().max().item())
+
+    def test_a_trainer_goes_on_from_its_state_to_the_bit(self, rewarded: Cases) -> None:
+        whole = rewarded().trainer()
+        for _ in range(2):
+            whole.update()
+        state = snapshot(whole)
+        expected = without_times(whole.update())
+        resumed = rewarded().trainer()
+        resumed.load_state(state)
+        assert without_times(resumed.update()) == expected
+        assert same_to_the_bit(resumed.state(), whole.state())
+
+
+def reward_parameters(case: Any) -> dict[str, torch.Tensor]:
+    """A copy of what scores are made of: the reward adapter, or the reward model beside the policy."""
+    if case.frozen is not None:
+        return {name: tensor.clone() for name, tensor in case.frozen.state_dict().items()}
+    return {name: p.detach().clone() for name, p in case.policy.model.named_parameters() if ".reward." in name}
 
 
 class TestNumbersThatAreNotFinite:

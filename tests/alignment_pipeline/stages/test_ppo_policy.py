@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import DataError, ModelError, RecipeError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
-from alignment_pipeline.models import load_tokenizer, new_scorer, save_trained
+from alignment_pipeline.models import load_scorer, load_tokenizer, new_scorer, save_trained
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.progress import ProgressLog, metric_series, read_progress
 from alignment_pipeline.scorers import FunctionScorer, RewardModelScorer, SharedTrunkScorer
@@ -175,28 +175,31 @@ class TestWhereScoresComeFrom:
     ) -> None:
         toy.inputs["trunk"], toy.inputs["reward_model"] = reward_artifact("opt")
         spec = toy.spec(**SHORT | {"method": method})
-        policy = ppo_policy._policy(spec, "cpu")
-        assert isinstance(ppo_policy._scorer(spec, policy, toy.tokenizer), expected)
+        policy, score = ppo_policy._policy_and_score(spec, toy.tokenizer, "cpu")
+        assert isinstance(score, expected)
         assert policy.holds_reward_adapter == (method == "lora")
 
     def test_a_whole_reward_model_stays_beside_it(self, toy: Toy) -> None:
         spec = toy.spec(**SHORT | {"method": "lora"})
-        policy = ppo_policy._policy(spec, "cpu")
-        assert isinstance(ppo_policy._scorer(spec, policy, toy.tokenizer), RewardModelScorer)
+        policy, score = ppo_policy._policy_and_score(spec, toy.tokenizer, "cpu")
+        assert isinstance(score, RewardModelScorer)
         assert not policy.holds_reward_adapter
 
     def test_a_reward_function_stands_in_for_a_reward_model(self, toy: Toy) -> None:
         spec = toy.spec(**SHORT, reward_function=toy.rewarded_by("def reward(p, r): ...\n"))
-        policy = ppo_policy._policy(spec, "cpu")
-        assert isinstance(ppo_policy._scorer(spec, policy, toy.tokenizer), FunctionScorer)
+        _, score = ppo_policy._policy_and_score(spec, toy.tokenizer, "cpu")
+        assert isinstance(score, FunctionScorer)
 
     def test_both_ways_train_the_same_policy(
-        self, reward_artifact: Callable[[str], tuple[Path, Path]], toy: Toy, monkeypatch: pytest.MonkeyPatch
+        self, reward_artifact: Callable[[str], tuple[Path, Path]], toy: Toy
     ) -> None:
         toy.inputs["trunk"], toy.inputs["reward_model"] = reward_artifact("opt")
-        shared = toy.train(**SHORT | {"method": "lora"})
-        monkeypatch.setattr(PolicyWithValue, "holds_reward_adapter", False)
-        apart = toy.train(**SHORT | {"method": "lora"})
+        settings = SHORT | {"method": "lora"}
+        shared = toy.train(**settings)
+        merged = load_scorer(toy.inputs["reward_model"], toy.inputs["trunk"])
+        toy.inputs["reward_model"] = toy.folder / "merged"
+        save_trained(merged, toy.tokenizer, toy.folder / "merged")
+        apart = toy.train(**settings)
         # Adapters merged or not: float32 rounding of scores of size 1 to 10.
         assert apart.metrics["objective/score"] == pytest.approx(shared.metrics["objective/score"], abs=1e-4)
 
@@ -206,7 +209,7 @@ class TestTheSavedPolicyIsTheTrainedOne:
     def trained(self, request: pytest.FixtureRequest, toy: Toy) -> tuple[StageSpec[PpoConfig], PolicyWithValue]:
         """A policy that is unlike its trunk, and was written."""
         spec = toy.spec(**SHORT | {"method": request.param, "value_trunk": "separate"})
-        policy = ppo_policy._policy(spec, "cpu")
+        policy, _ = ppo_policy._policy_and_score(spec, toy.tokenizer, "cpu")
         with torch.no_grad():
             for parameter in policy.policy_parameters():
                 parameter.add_(0.01)
@@ -231,7 +234,7 @@ class TestTheSavedPolicyIsTheTrainedOne:
     def test_it_fails_where_nothing_was_trained(self, toy: Toy) -> None:
         for method in ("lora", "full"):
             spec = toy.spec(**SHORT | {"method": method})
-            policy = ppo_policy._policy(spec, "cpu")
+            policy, _ = ppo_policy._policy_and_score(spec, toy.tokenizer, "cpu")
             save_trained(policy.model, load_tokenizer(toy.inputs["trunk"]), spec.output_dir)
             assert not ppo_policy._saved_is_trained(spec, policy).passed
 
