@@ -211,8 +211,9 @@ def test_the_entropy_bonus_raises_the_entropy_and_nothing_else_moves_without_a_r
     assert same_to_the_bit(still.weights(), before)
     trainer = moved.trainer()
     entropies = [trainer.update()["policy/entropy"] for _ in range(8)]
-    # Second half's mean over the first's: measured 0.2 and more, where sampling moves it by 0.05.
-    assert sum(entropies[4:]) > sum(entropies[:4]) + 4 * 0.1
+    # From 5.0 to 5.33 nats of the 5.70 that 300 tokens allow; which responses were sampled moves it by 0.05.
+    assert entropies[-1] > entropies[0] + 0.2
+    assert entropies[-1] > entropies[3] > entropies[0]
 
 
 def test_learning_rates_follow_their_schedule_and_the_values_may_have_their_own(ppo_case: Cases, steps: Steps) -> None:
