@@ -30,6 +30,9 @@ from alignment_pipeline.sequences import (
     response_tokens,
 )
 
+HEAD_ROWS = 512
+"""Response tokens that the language-model head is applied to at once: logits are never larger than this times V."""
+
 _VALUE_ADAPTER = "value"
 _REWARD_ADAPTER = "reward"
 
@@ -153,26 +156,48 @@ class PolicyWithValue:
                 temperature), which saves two passes over the logits.
             only_values: No gradient reaches the policy, as in the value model's warm-up.
         """
-        tokens = response_tokens(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_values):
             hidden = response_hidden(self._active, batch)
-            logits = self._logits(hidden, temperature)
-            logprobs = chosen_logprobs(logits, tokens)
-            entropies = entropies_of(logits) if all_statistics else torch.zeros_like(logprobs)
-        with torch.no_grad():
-            untempered = all_statistics and temperature != 1
-            at_1 = chosen_logprobs(logits * temperature, tokens) if untempered else logprobs.detach()
+            parts = [
+                self._of_tokens(states, tokens, temperature, all_statistics)
+                for states, tokens in zip(
+                    torch.split(hidden, HEAD_ROWS), torch.split(response_tokens(batch), HEAD_ROWS), strict=True
+                )
+            ]
+        logprobs, at_1, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         found = (logprobs, at_1, self._values(batch, hidden), entropies)
         return Evaluation(*(in_columns(per_token, batch) for per_token in found))
+
+    def _of_tokens(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float, all_statistics: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities at the temperature and at 1, and entropies, each (N,), of a few tokens."""
+        logits = self._logits(hidden, temperature)
+        logprobs = chosen_logprobs(logits, tokens)
+        if not all_statistics:
+            return logprobs, logprobs.detach(), torch.zeros_like(logprobs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.entropy_coef > 0):
+            entropies = entropies_of(logits)
+        with torch.no_grad():
+            at_1 = logprobs.detach() if temperature == 1 else chosen_logprobs(logits * temperature, tokens)
+        return logprobs, at_1, entropies
 
     @torch.no_grad()
     def reference_logprobs(self, batch: TokenBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities (B, T) at a temperature, and at temperature 1."""
         with self.as_reference():
             hidden, tokens = response_hidden(self._active, batch), response_tokens(batch)
-            logits = self._logits(hidden, temperature)
-        logprobs = chosen_logprobs(logits, tokens)
-        at_1 = logprobs if temperature == 1 else chosen_logprobs(logits.mul_(temperature), tokens)
+            logprobs, at_1 = (
+                torch.empty(len(tokens), device=hidden.device),
+                torch.empty(len(tokens), device=hidden.device),
+            )
+            for start in range(0, len(tokens), HEAD_ROWS):
+                few = slice(start, start + HEAD_ROWS)
+                logits = self._logits(hidden[few], temperature)
+                logprobs[few] = chosen_logprobs(logits, tokens[few])
+                at_1[few] = (
+                    logprobs[few] if temperature == 1 else chosen_logprobs(logits.mul_(temperature), tokens[few])
+                )
         return in_columns(logprobs, batch), in_columns(at_1, batch)
 
     @torch.no_grad()

@@ -20,7 +20,6 @@ import torch
 
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import NonFiniteError
-from alignment_pipeline.memory import keep_freed_memory
 from alignment_pipeline.ppo.losses import approx_kls, policy_losses, value_losses
 from alignment_pipeline.ppo.metrics import rollout_metrics
 from alignment_pipeline.ppo.plan import microbatches, minibatches
@@ -62,7 +61,6 @@ class PpoTrainer:
     ) -> None:
         self._policy, self._score, self._tokenizer, self._prompts = policy, score, tokenizer, list(prompts)
         self._config, self._seed = config, seed
-        keep_freed_memory()
         self._processes = processes or Processes(policy.device)
         groups = [
             {"params": policy.policy_parameters(), "lr": config.learning_rate},
@@ -133,6 +131,10 @@ class PpoTrainer:
         self.updates_done += 1
         return metrics
 
+    @property
+    def _trains_only_values(self) -> bool:
+        return self.updates_done < self._config.value_warmup_updates
+
     def _train_on(self, rollout: Rollout, order: Sequence[Sequence[Sequence[int]]]) -> list[_Step]:
         """Optimizer steps by epoch and minibatch, until they are done or the policy has moved too far."""
         steps: list[_Step] = []
@@ -168,11 +170,10 @@ class PpoTrainer:
     def _backward(self, rollout: Rollout, rows: torch.Tensor, token_count: int) -> torch.Tensor:
         """Add the gradients of one microbatch; returns the sums over its tokens that `_STEP_METRICS` names."""
         config = self._config
-        only_values = self.updates_done < config.value_warmup_updates
-        part = rollout.batch.rows(rows)
         now = self._policy.evaluate(
-            part, config.temperature, all_statistics=config.entropy_coef > 0, only_values=only_values
-        )
+            rollout.batch.rows(rows), config.temperature,
+            all_statistics=config.entropy_coef > 0, only_values=self._trains_only_values,
+        )  # fmt: skip
         columns = now.logprobs.shape[1]
         mask, old_logprobs, old_values, advantages, returns = (
             tensor[rows, :columns]
@@ -184,7 +185,7 @@ class PpoTrainer:
         )  # fmt: skip
         error, value_clipped = value_losses(now.values, old_values, returns, mask, config.value_clip_range)
         loss = config.value_coef * error.sum()
-        if not only_values:
+        if not self._trains_only_values:
             loss = loss + surrogate.sum() - config.entropy_coef * now.entropies.sum()
         (loss / token_count).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         with torch.no_grad():
