@@ -1,4 +1,4 @@
-"""The processes that train together, through accelerate: one by default, several under `accelerate launch` or torchrun.
+"""The processes that train together, through accelerate: one by default, several under torchrun.
 
 Every process holds the whole rollout and its own share of the work; what they exchange is texts, sums and gradients.
 """

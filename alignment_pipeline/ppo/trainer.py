@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from alignment_pipeline.configs import PpoConfig
-from alignment_pipeline.errors import NonFiniteError
+from alignment_pipeline.errors import NonFiniteError, RecipeError
 from alignment_pipeline.ppo.losses import approx_kls, policy_losses, value_losses
 from alignment_pipeline.ppo.metrics import rollout_metrics
 from alignment_pipeline.ppo.plan import microbatches, minibatches
@@ -62,6 +62,11 @@ class PpoTrainer:
         self._policy, self._score, self._tokenizer, self._prompts = policy, score, tokenizer, list(prompts)
         self._config, self._seed = config, seed
         self._processes = processes or Processes(policy.device)
+        if config.minibatch_size < self._processes.count:
+            raise RecipeError(
+                f"ppo.minibatch_size: found {config.minibatch_size}, expected at least the {self._processes.count} "
+                "processes that share a minibatch. Raise it, or start fewer processes."
+            )
         groups = [
             {"params": policy.policy_parameters(), "lr": config.learning_rate},
             {"params": policy.value_parameters(), "lr": config.value_learning_rate or config.learning_rate},
