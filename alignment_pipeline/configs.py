@@ -275,7 +275,7 @@ class PpoConfig(AdapterFields):
         "linear", description="How the learning rates fall over the updates: to zero, or not at all."
     )
     warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of updates with rising learning rates.")
-    min_new_tokens: int | None = Field(
+    max_new_tokens_min: int | None = Field(
         None,
         ge=1,
         description="Each response's longest length is drawn between this and max_new_tokens; null gives all the most.",

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from alignment_pipeline.errors import DataError
 from alignment_pipeline.sequences import TokenIds, apply_head, by_length, causal_lm_of
 
 
@@ -53,8 +54,12 @@ def generate(
         batch_size: Prompts sampled together; batches are of similar length.
         seed: Together with a row's number it decides the row's random numbers.
         row_numbers: Number of each prompt; its position if left out.
+
+    Raises:
+        DataError: A prompt and its longest response are longer than the model reads.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _require_room(model, prompts, limits)
     numbers = range(len(prompts)) if row_numbers is None else row_numbers
     responses: dict[int, Response] = {}
     for rows in by_length([len(prompt) for prompt in prompts], batch_size):
@@ -64,6 +69,16 @@ def generate(
         )
         responses.update(zip(rows, (_response(token_ids, tokenizer) for token_ids in sampled), strict=True))
     return [responses[row] for row in range(len(prompts))]
+
+
+def _require_room(model: Any, prompts: Sequence[TokenIds], limits: Sequence[int]) -> None:
+    positions = getattr(causal_lm_of(model).config, "max_position_embeddings", None)
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if positions is not None and len(prompt) + limit > positions:
+            raise DataError(
+                f"Found a prompt of {len(prompt)} tokens to be followed by up to {limit}, expected at most {positions} "
+                "together, which the model reads. Lower max_new_tokens or formatting.max_prompt_tokens."
+            )
 
 
 def uniforms(seed: int, row: int, count: int) -> "np.ndarray[Any, np.dtype[np.float64]]":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment_pipeline.errors import ModelError
@@ -42,12 +43,13 @@ def read_given_model(
         # transformers would make an empty tokenizer up from config.json
         raise ModelError(f"{section}.path: {source} holds no tokenizer files, {remedy}.")
     options: dict[str, Any] = {"local_files_only": True} if local else {"revision": revision}
+    options["trust_remote_code"] = False  # left out, transformers asks on the terminal
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, found = auto_class.from_pretrained(
             source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
     if missing := sorted(found["missing_keys"]):

@@ -14,7 +14,7 @@ from alignment_pipeline.configs import JudgeName
 from alignment_pipeline.world.gold import judge_response
 
 JUDGE_TITLES: dict[JudgeName, str] = {"gold_rule": "gold score", "reference_chrf": "chrF to reference",
-                                         "reward_classifier": "label probability"}  # fmt: skip
+                                         "reward_classifier": "P(label)"}  # fmt: skip
 
 
 RuleName = Literal["gold_rule", "reference_chrf"]

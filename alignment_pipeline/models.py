@@ -66,10 +66,11 @@ def load_causal_lm(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """A causal language model from a folder of safetensors, in float32, dropout off, in evaluation mode.
 
     Raises:
-        ModelError: The folder holds no safetensors model.
+        ModelError: The folder holds no safetensors model, or one whose logits are not its head's output.
     """
-    model = _load(AutoModelForCausalLM, folder)
-    return model.to(device).eval()
+    model = _load(AutoModelForCausalLM, folder).to(device).eval()
+    _require_plain_head(model, folder)
+    return model
 
 
 def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedModel:
@@ -209,6 +210,20 @@ def require_finite(model: Any) -> None:
                 f"{name} holds a NaN or an infinity after training; nothing was published. "
                 "Lower the learning rate, or look for a broken row in the last batches of the progress log."
             )
+
+
+@torch.inference_mode()
+def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model that scales or caps its logits: here the head is applied alone, to the positions that count."""
+    token_ids = torch.arange(min(4, model.config.vocab_size), device=model.device)[None]
+    hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+    expected = model(input_ids=token_ids, use_cache=False).logits.float()
+    found = model.get_output_embeddings()(hidden).float()
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ModelError(
+            f"{folder}: found a {type(model).__name__}, whose logits are more than its language-model head's output "
+            "(scaled or capped), expected a plain head. Use another architecture."
+        )
 
 
 def _load(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:

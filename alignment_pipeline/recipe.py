@@ -182,13 +182,23 @@ def _ppo_problems(ppo: configs.PpoConfig) -> Iterable[str]:
             f"ppo.microbatch_size: found {ppo.microbatch_size}, expected a divisor of "
             f"minibatch_size ({ppo.minibatch_size})"
         )
-    if ppo.min_new_tokens is not None and ppo.min_new_tokens > ppo.max_new_tokens:
-        yield f"ppo.min_new_tokens: found {ppo.min_new_tokens}, expected at most max_new_tokens ({ppo.max_new_tokens})"
+    if ppo.max_new_tokens_min is not None and ppo.max_new_tokens_min > ppo.max_new_tokens:
+        yield (
+            f"ppo.max_new_tokens_min: found {ppo.max_new_tokens_min}, expected at most max_new_tokens "
+            f"({ppo.max_new_tokens})"
+        )
     if ppo.value_warmup_updates >= ppo.updates:
         yield (
             f"ppo.value_warmup_updates: found {ppo.value_warmup_updates}, expected fewer than updates ({ppo.updates}), "
             "or the policy is never trained"
         )
+    if ppo.kl_target_nats is not None and ppo.kl_horizon < ppo.rollout_batch_size:
+        yield (
+            f"ppo.kl_horizon: found {ppo.kl_horizon}, expected at least rollout_batch_size "
+            f"({ppo.rollout_batch_size}), or one rollout could turn the coefficient round"
+        )
+    if ppo.reward_function is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", ppo.reward_function):
+        yield f"ppo.reward_function: found {ppo.reward_function!r}, expected file.py:function"
     if ppo.kl_target_nats is not None and ppo.kl_coef == 0:
         yield "ppo.kl_target_nats: found with kl_coef 0, which it could never change; expected kl_coef above 0"
 

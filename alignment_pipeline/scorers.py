@@ -5,6 +5,7 @@ end token; a reward model of the same tokenizer reads its tokens, everything els
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,11 @@ def _load_function(reference: str) -> Callable[[list[str], list[str]], Sequence[
         raise RecipeError(
             f"ppo.reward_function: found {reference!r}, expected file.py:function with a file that exists."
         )
-    specification = importlib.util.spec_from_file_location(Path(path).stem, path)
+    specification = importlib.util.spec_from_file_location(f"reward_function_{Path(path).stem}", path)
     if specification is None or specification.loader is None:
         raise RecipeError(f"ppo.reward_function: {path} is not a Python file, expected one.")
     module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         specification.loader.exec_module(module)
     except Exception as error:

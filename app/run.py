@@ -44,6 +44,11 @@ def execute_run(
     Raises:
         AlignmentError: The recipe, the selection or the home cannot be used.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise RecipeError(
+            f"Found WORLD_SIZE={os.environ['WORLD_SIZE']}, as torchrun sets it; `align` starts one process. "
+            "Call alignment_pipeline.stages.ppo_policy.train_ppo under torchrun instead."
+        )
     home = prepare_home(alignment_home())
     use_dagster_instance(home)
     graph = build_graph(recipe)

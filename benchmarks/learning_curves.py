@@ -26,7 +26,7 @@ SHOWN = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the updates that the table
 
 
 def run_seed(recipe: str, seed: int, overrides: list[str]) -> dict[str, list[float]]:
-    """Run the recipe up to its PPO policy with a seed, and read the metrics of every update."""
+    """Run the recipe with a seed, and read the metrics of every update of its PPO."""
     settings = [argument for override in (f"seed={seed}", *overrides) for argument in ("--set", override)]
     subprocess.run([ALIGN, "run", recipe, *settings], check=True)
     home = Path(os.environ.get("ALIGNMENT_HOME", REPOSITORY / ".alignment"))

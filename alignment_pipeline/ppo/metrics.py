@@ -13,7 +13,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "objective/score": rollout.scores.mean().item(),
         "objective/score_std": rollout.scores.std(unbiased=False).item(),
         "objective/rewarded_score": rollout.rewarded_scores.mean().item(),
-        "objective/reward": (rollout.rewarded_scores - kl_coef * rollout.kl_nats).mean().item(),
+        "objective/reward": (rollout.rewarded_scores - kl_coef * rollout.penalty_kl_nats).mean().item(),
         "objective/kl": rollout.kl_nats.mean().item(),
         "objective/kl_k3": rollout.kl_nats_k3.mean().item(),
         "objective/kl_at_temperature_1": rollout.kl_nats_at_1.mean().item(),

@@ -31,7 +31,7 @@ from alignment_pipeline.sequences import (
 )
 
 HEAD_ROWS = 512
-"""Response tokens that the language-model head is applied to at once: logits are never larger than this times V."""
+"""Response tokens that the language-model head is applied to at once. Training keeps their log-softmax, (N, V)."""
 
 _VALUE_ADAPTER = "value"
 _REWARD_ADAPTER = "reward"

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 
+from alignment_pipeline.errors import ModelError
 from alignment_pipeline.progress import ProgressLog
 
 T = TypeVar("T")
@@ -52,6 +53,19 @@ class Processes:
         flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def require_same(self, what: str, value: int) -> None:
+        """Stop every process if they do not agree on a number, before they wait for each other in vain.
+
+        Raises:
+            ModelError: They do not.
+        """
+        values = self.gather([value], self.count)
+        if len(set(values)) > 1:
+            raise ModelError(
+                f"The processes found different numbers of {what} ({values}), expected the same. "
+                "Give all of them the same work folder."
+            )
 
     def wait(self) -> None:
         """Return when every process is here."""

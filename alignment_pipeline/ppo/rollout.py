@@ -46,6 +46,7 @@ class Rollout:
     Attributes:
         scores: As the reward gave them.
         rewarded_scores: Normalised, clipped, and less the penalty for a missing end.
+        penalty_kl_nats: KL by the configured estimator, added up over the response: what is penalised.
         kl_nats: Log-ratio to the reference, added up over the response, at the sampling temperature.
         kl_nats_at_1: The same at temperature 1.
         kl_nats_k3: The k3 estimate, added up, at the sampling temperature; never negative.
@@ -62,6 +63,7 @@ class Rollout:
     returns: torch.Tensor
     scores: torch.Tensor
     rewarded_scores: torch.Tensor
+    penalty_kl_nats: torch.Tensor
     kl_nats: torch.Tensor
     kl_nats_at_1: torch.Tensor
     kl_nats_k3: torch.Tensor
@@ -127,13 +129,17 @@ def collect(
     )  # fmt: skip
     mask = batch.response_columns
     likelihoods = _likelihoods(policy, batch, first_epoch, config, processes)
-    for what, tensor in (("log-probability", likelihoods.logprobs), ("value", likelihoods.values)):
+    for what, tensor in (
+        ("log-probability", likelihoods.logprobs),
+        ("reference's log-probability", likelihoods.ref_logprobs),
+        ("value", likelihoods.values),
+    ):
         require_finite(f"the {what} of a token", tensor, prompts)
     # 3. scores: normalised, clipped, and less a penalty where the response does not end
     scores = _scores(score, prompts, responses, processes).to(policy.device)
     require_finite("the score", scores, prompts)
     ended = torch.tensor([response.ended for response in responses], device=policy.device)
-    if config.score_normalization == "running" or statistics.count == 0:
+    if config.score_normalization == "running" or statistics.sum_of_squares == 0:  # equal scores have no unit yet
         statistics = statistics.including(scores)
     rewarded_scores = scores if config.score_normalization == "none" else statistics.normalised(scores)
     if config.score_clip is not None:
@@ -157,6 +163,7 @@ def collect(
         returns=returns,
         scores=scores,
         rewarded_scores=rewarded_scores,
+        penalty_kl_nats=kls.sum(1),
         kl_nats=(likelihoods.logprobs - likelihoods.ref_logprobs).sum(1),
         kl_nats_at_1=(likelihoods.logprobs_at_1 - likelihoods.ref_logprobs_at_1).sum(1),
         kl_nats_k3=token_kls(likelihoods.logprobs, likelihoods.ref_logprobs, mask, "k3").sum(1),
@@ -176,10 +183,10 @@ def require_finite(what: str, values: torch.Tensor, prompts: Sequence[Prompt]) -
 
 def response_limits(count: int, config: PpoConfig, seed: int) -> list[int]:
     """Longest length of each response: drawn uniformly between the bounds, or the same for all."""
-    if config.min_new_tokens is None:
+    if config.max_new_tokens_min is None:
         return [config.max_new_tokens] * count
     draw = random.Random(f"response lengths/{seed}")
-    return [draw.randint(config.min_new_tokens, config.max_new_tokens) for _ in range(count)]
+    return [draw.randint(config.max_new_tokens_min, config.max_new_tokens) for _ in range(count)]
 
 
 def _sample(

@@ -39,6 +39,7 @@ class _Step:
 
     metrics: dict[str, float]
     taken: bool
+    grad_norm: float = 0.0
 
 
 class PpoTrainer:
@@ -123,8 +124,10 @@ class PpoTrainer:
         self._tokens += int(self.rollout.batch.attention_mask.sum())
         metrics = rollout_metrics(self.rollout, self._kl_coef)
         metrics |= {name: sum(step.metrics[name] for step in steps) / len(steps) for name in steps[0].metrics}
+        taken = sum(step.taken for step in steps)
         metrics |= {
-            "train/steps": float(sum(step.taken for step in steps)),
+            "train/grad_norm": sum(step.grad_norm for step in steps) / max(1, taken),
+            "train/steps": float(taken),
             "train/learning_rate": float(self._schedule.get_last_lr()[0]),
             "train/tokens": float(self._tokens),
             "time/update_s": time.monotonic() - started,
@@ -162,7 +165,7 @@ class PpoTrainer:
             totals += self._backward(rollout, rows.to(self._policy.device), token_count)
         metrics = dict(zip(_STEP_METRICS, (self._processes.sum(totals) / token_count).tolist(), strict=True))
         if config.approx_kl_stop is not None and metrics["policy/approx_kl"] > config.approx_kl_stop:
-            return _Step(metrics | {"train/grad_norm": 0.0}, taken=False)
+            return _Step(metrics, taken=False)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._processes.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -170,7 +173,7 @@ class PpoTrainer:
             self._optimizer.zero_grad()
             raise NonFiniteError("a gradient", [rollout.prompts[row].row_id for row in minibatch])
         self._optimizer.step()
-        return _Step(metrics | {"train/grad_norm": norm.item()}, taken=True)
+        return _Step(metrics, taken=True, grad_norm=norm.item())
 
     def _backward(self, rollout: Rollout, rows: torch.Tensor, token_count: int) -> torch.Tensor:
         """Add the gradients of one microbatch; returns the sums over its tokens that `_STEP_METRICS` names."""

@@ -53,6 +53,7 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
     policy, score = _policy_and_score(spec, tokenizer, processes.device)
     trainer = PpoTrainer(policy, score, tokenizer, _prompts(spec, tokenizer), config, spec.seed, processes)
     history, samples = _resume(spec, trainer, log)
+    processes.require_same("updates done", trainer.updates_done)
     pacer = Pacer(config.checkpoint_every_s)
     for number in range(trainer.updates_done, config.updates):
         metrics = _update(spec, trainer, log)
@@ -63,6 +64,7 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
         if processes.is_main and pacer.is_due() and number + 1 < config.updates:
             state = {"trainer": trainer.state(), "history": history, "samples": samples}
             checkpoint.save_state(spec.work_dir, number + 1, state)
+    del trainer  # the optimizer's memory, before models are read back
     checks: tuple[StageCheck, ...] = ()
     if processes.is_main:
         save_trained(policy.model, tokenizer, spec.output_dir)
@@ -130,7 +132,7 @@ def _update(spec: StageSpec[PpoConfig], trainer: PpoTrainer, log: ProgressLog) -
 
 
 def _tabled(updates: int) -> set[int]:
-    """Updates whose responses are kept: evenly spaced, the first and the last among them."""
+    """Evenly spaced updates, the first and the last among them, whose responses are kept."""
     return {round(number * (updates - 1) / max(1, _TABLES - 1)) for number in range(_TABLES)}
 
 

@@ -69,8 +69,8 @@ def test_versions_are_short_differ_between_stages_and_do_not_depend_on_the_place
         ("sequences.py", '    """Concatenate each prompt', '    """Words about each prompt'),
         ("identity.py", '"""Folder of an artifact that its data version', '"""Another sentence about the folder that'),
         ("sequences.py", "import torch\n", "import torch  # the library\n\n\n# A comment.\n"),
-        ("stages/ppo_policy.py", "    config = spec.config\n", "\n    # Why.\n    config = (spec.config)\n"),
-        ("stages/ppo_policy.py", 'def _minibatch_step(\n', '\n\n\ndef _minibatch_step(\n'),
+        ("stages/evaluation.py", "    config = spec.config\n", "\n    # Why.\n    config = (spec.config)\n"),
+        ("ppo/trainer.py", 'def learning_rate_share(', '\n\n\ndef learning_rate_share('),
     ],
     ids=["module docstring", "function docstring", "constant's docstring", "comment", "brackets", "blank lines"],
 )  # fmt: skip
@@ -81,19 +81,19 @@ def test_editing_what_python_does_not_run_changes_no_version(copy: Copy, module:
 
 def test_a_docstring_that_is_added_or_removed_changes_no_version(copy: Copy) -> None:
     copy.edit("stages/ppo_policy.py", "    rows = read_jsonl(", '    """The prompts."""\n    rows = read_jsonl(')
-    seen = '    """A function of seed and update alone, so that a resumed run sees the same prompts."""\n'
+    seen = '    """Evenly spaced updates, the first and the last among them, whose responses are kept."""\n'
     copy.edit("stages/ppo_policy.py", seen, "")
     assert copy.changed() == set()
 
 
 def test_editing_a_dependencys_code_changes_the_stages_that_reach_it_and_no_other(copy: Copy) -> None:
-    copy.edit("ppo/losses.py", "0.5 * masked_mean", "0.6 * masked_mean")
+    copy.edit("ppo/losses.py", "0.5 * torch.maximum", "0.6 * torch.maximum")
     assert copy.changed() == {"ppo_policy"}
 
 
 def test_a_dependency_of_a_dependency_counts(copy: Copy) -> None:
     assert "alignment_pipeline.ppo.advantages" in dependencies("alignment_pipeline.stages.ppo_policy")
-    copy.edit("sequences.py", "seed * 1_000_003", "seed * 1_000_033")
+    copy.edit("sequences.py", "lengths[row], row)", "-lengths[row], row)")
     changed = copy.changed()
     assert {"ppo_policy", "sampled_responses", "evaluation", "dpo_policy", "sft_model"} <= changed
     assert changed.isdisjoint({"instructions", "base_model", "formatted_dataset", "preference_pairs"})

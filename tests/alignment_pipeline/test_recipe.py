@@ -138,7 +138,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         (["evaluation.max_new_tokens=121"], "base_model.max_positions: found 240, expected at least 241"),
         (["ppo.minibatch_size=3"], "ppo.minibatch_size: found 3, expected a divisor of rollout_batch_size (8)"),
         (["ppo.microbatch_size=3"], "ppo.microbatch_size: found 3, expected a divisor of minibatch_size (4)"),
-        (["ppo.min_new_tokens=25"], "ppo.min_new_tokens: found 25, expected at most max_new_tokens (24)"),
+        (["ppo.max_new_tokens_min=25"], "ppo.max_new_tokens_min: found 25, expected at most max_new_tokens (24)"),
         (["ppo.value_warmup_updates=3"], "ppo.value_warmup_updates: found 3, expected fewer than updates (3)"),
         (
             ["ppo.value_trunk=reward_model", "ppo.reward_function=rewards.py:reward"],
@@ -166,7 +166,7 @@ def test_a_combination_that_cannot_work_is_refused_before_anything_runs(override
         ["data.world_rows=null", "data.path=rows.jsonl", "evaluation.judge=reference_chrf"],
         ["formatting.max_tokens=240", "sampling.max_new_tokens=120"],
         ["reward_model=null", "ppo.reward_function=rewards.py:reward"],
-        ["ppo.microbatch_size=4", "ppo.min_new_tokens=24", "ppo.value_warmup_updates=2"],
+        ["ppo.microbatch_size=4", "ppo.max_new_tokens_min=24", "ppo.value_warmup_updates=2"],
         ["ppo.microbatch_size=2", "ppo.kl_target_nats=6", "ppo.kl_coef=0.01", "ppo.value_trunk=reward_model"],
         ["reward_model=null", "reward_classifier={label: A, path: m}", "evaluation.judge=reward_classifier"],
         ["reward_model=null", "reward_classifier={label: A, hub_name: a/b, hidden_size: 67}"],

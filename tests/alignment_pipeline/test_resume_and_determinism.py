@@ -17,7 +17,7 @@ from alignment_pipeline.stages import base_model
 
 EVERYTHING_OF_PPO: dict[str, Any] = {
     "updates": 4, "kl_target_nats": 0.5, "kl_horizon": 20, "score_normalization": "running", "value_trunk": "separate",
-    "min_new_tokens": 2, "value_warmup_updates": 1, "schedule": "cosine", "microbatch_size": 2,
+    "max_new_tokens_min": 2, "value_warmup_updates": 1, "schedule": "cosine", "microbatch_size": 2,
 }  # fmt: skip
 """What a resumed PPO has to know of the updates before, all of it in force."""
 AT_ONCE = 1e-9  # seconds between checkpoints: one after each step

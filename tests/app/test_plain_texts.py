@@ -55,7 +55,7 @@ def test_its_results_are_against_the_base_model_by_the_classifier(home: Path, re
     (results,) = json.loads(align(home, "results", "texts", "--json", env=env).stdout)
     assert (results["judge"], results["judge_title"], results["opponent"]) == (
         "reward_classifier",
-        "label probability",
+        "P(label)",
         "base_model",
     )
     policies = {row["policy"]: row for row in results["policies"]}
@@ -65,7 +65,7 @@ def test_its_results_are_against_the_base_model_by_the_classifier(home: Path, re
     assert ("reward_classifier", "reward_classifier_beats_majority") in checks
     assert ("comparison", "dpo_policy_beats_base_model") in checks
     shown = align(home, "results", "texts", env=env).stdout
-    assert "judge: label probability" in shown and "against base_model" in shown
+    assert "judge: P(label)" in shown and "against base_model" in shown
 
 
 def test_its_policies_continue_a_text_in_chat(home: Path, recipes: Path, align: Run) -> None:

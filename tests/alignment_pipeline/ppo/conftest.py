@@ -19,7 +19,7 @@ from alignment_pipeline.ppo.trainer import PpoTrainer
 PROMPTS = [[7, 12, 250, 33], [91], [18, 5, 77, 42, 9, 130, 131], [60, 61]]
 SETTINGS: dict[str, Any] = {
     "lora_rank": 2, "updates": 4, "rollout_batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-2,
-    "min_new_tokens": 1, "max_new_tokens": 8, "kl_coef": 0.3,
+    "max_new_tokens_min": 1, "max_new_tokens": 8, "kl_coef": 0.3,
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def test_rollout_metrics_of_a_hand_made_rollout() -> None:
         returns=torch.tensor([[1.0, 3.0], [2.0, NAN]]),
         scores=torch.tensor([1.0, 3.0]),
         rewarded_scores=torch.tensor([0.5, 1.5]),
+        penalty_kl_nats=torch.tensor([1.0, 2.0]),
         kl_nats=torch.tensor([0.5, 1.5]),
         kl_nats_at_1=torch.tensor([0.25, 0.5]),
         kl_nats_k3=torch.tensor([0.75, 1.75]),
@@ -36,7 +37,7 @@ def test_rollout_metrics_of_a_hand_made_rollout() -> None:
         "objective/score": 2.0,
         "objective/score_std": 1.0,
         "objective/rewarded_score": 1.0,
-        "objective/reward": 1.0 - 0.1,  # less 0.1 a nat
+        "objective/reward": 1.0 - 0.15,  # less 0.1 a nat of what is penalised
         "objective/kl": 1.0,
         "objective/kl_k3": 1.25,
         "objective/kl_at_temperature_1": 0.375,

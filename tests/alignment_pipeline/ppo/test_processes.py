@@ -21,7 +21,7 @@ from alignment_pipeline.stages.ppo_policy import train_ppo
 
 SETTINGS: dict[str, Any] = {
     "lora_rank": 2, "updates": 3, "rollout_batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-3,
-    "min_new_tokens": 1, "max_new_tokens": 8, "score_normalization": "running", "kl_target_nats": 0.5,
+    "max_new_tokens_min": 1, "max_new_tokens": 8, "score_normalization": "running", "kl_target_nats": 0.5,
     "kl_horizon": 20, "checkpoint_every_s": 1e-9,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {

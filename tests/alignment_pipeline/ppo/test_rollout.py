@@ -101,7 +101,7 @@ def test_the_head_is_applied_to_each_response_token_once_for_each_use(ppo_case: 
 
 
 def test_response_lengths_are_drawn_within_their_bounds_by_the_seed() -> None:
-    config = PpoConfig(min_new_tokens=3, max_new_tokens=6)
+    config = PpoConfig(max_new_tokens_min=3, max_new_tokens=6)
     limits = response_limits(400, config, seed=0)
     assert set(limits) == {3, 4, 5, 6}
     # Binomial counts of 100 with a standard deviation of 8.7: five of them.
@@ -111,7 +111,7 @@ def test_response_lengths_are_drawn_within_their_bounds_by_the_seed() -> None:
 
 
 def test_no_response_is_longer_than_was_drawn_for_it(ppo_case: Cases) -> None:
-    case = ppo_case(min_new_tokens=2, max_new_tokens=8)
+    case = ppo_case(max_new_tokens_min=2, max_new_tokens=8)
     rollout, _ = case.collect(seed=5)
     limits = response_limits(8, case.config, seed=5)
     for response, limit in zip(rollout.responses, limits, strict=True):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from alignment_pipeline.configs import PpoConfig
-from alignment_pipeline.errors import NonFiniteError
+from alignment_pipeline.errors import NonFiniteError, RecipeError
 from alignment_pipeline.models import load_scorer
 from alignment_pipeline.ppo.losses import masked_mean, policy_losses, value_losses
+from alignment_pipeline.ppo.processes import Processes
 from alignment_pipeline.ppo.rewards import adapted_kl_coef
 from alignment_pipeline.ppo.trainer import PpoTrainer, learning_rate_share
 from alignment_pipeline.scorers import RewardModelScorer, SharedTrunkScorer
@@ -204,7 +205,7 @@ def test_the_weight_of_the_value_loss_matters_to_the_policy_on_a_shared_trunk_on
 
 def test_the_entropy_bonus_raises_the_entropy_and_nothing_else_moves_without_a_reward(ppo_case: Cases) -> None:
     plain = {"score": lambda prompts, responses: [0.0] * len(prompts), "kl_coef": 0.0, "missing_eos_penalty": 0.0,
-             "min_new_tokens": 8, "updates": 8}  # fmt: skip
+             "max_new_tokens_min": 8, "updates": 8}  # fmt: skip
     still, moved = ppo_case(**plain), ppo_case(entropy_coef=0.1, **plain)
     before = still.weights()
     still.trainer().update()
@@ -420,3 +421,10 @@ class TestNumbersThatAreNotFinite:
         with pytest.raises(NonFiniteError, match="the log-probability of a token"):
             trainer.update()
         assert same_to_the_bit(snapshot(trainer)["optimizer"], before)
+
+
+def test_a_minibatch_smaller_than_the_number_of_processes_is_refused(ppo_case: Any) -> None:
+    case, processes = ppo_case(minibatch_size=2), Processes()
+    processes.count = 3
+    with pytest.raises(RecipeError, match=r"ppo.minibatch_size: found 2, expected at least the 3 processes"):
+        PpoTrainer(case.policy, case.score, case.tokenizer, case.prompts, case.config, 0, processes)

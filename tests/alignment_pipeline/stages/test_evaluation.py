@@ -116,7 +116,7 @@ def test_a_reward_classifier_judges_prompt_and_response_by_its_labels_share_and_
     assert [row["learned_score"] for row in rows] == pytest.approx(scorer.scores(texts, 1), abs=rounding)
     assert result.metrics["eval/learned_score"] == pytest.approx(sum(scorer.scores(texts, 1)) / 8, abs=rounding)
     assert {row["judge"] for row in rows} == {"reward_classifier"}
-    assert json.loads((spec.output_dir / "summary.json").read_text())["judge_title"] == "label probability"
+    assert json.loads((spec.output_dir / "summary.json").read_text())["judge_title"] == "P(label)"
     assert len({row["judge_score"] for row in rows}) > 4
 
 

@@ -10,7 +10,7 @@ from alignment_pipeline.models import load_scorer, load_tokenizer
 from alignment_pipeline.preferences import make_pair
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.reward import length_baseline_accuracy, pair_accuracy, score_responses
-from alignment_pipeline.sequences import encode, encode_responses
+from alignment_pipeline.sequences import encode, encode_side
 
 
 def test_the_published_scorer_has_the_reported_accuracy(smoke: Any) -> None:
@@ -23,7 +23,7 @@ def test_the_published_scorer_has_the_reported_accuracy(smoke: Any) -> None:
     prompts = encode(tokenizer, [pair["prompt"] for pair in pairs["validation"]])
     scores = [
         score_responses(
-            scorer, prompts, encode_responses(tokenizer, [pair[side] for pair in pairs["validation"]]),
+            scorer, prompts, encode_side(tokenizer, pairs["validation"], side),
             tokenizer.pad_token_id, 8,
         )
         for side in ("chosen", "rejected")
