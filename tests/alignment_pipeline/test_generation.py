@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignment_pipeline.configs import SftConfig
+from alignment_pipeline.errors import DataError
 from alignment_pipeline.generation import Response, choose, generate, uniforms
 from alignment_pipeline.models import with_adapter
 
@@ -226,3 +227,14 @@ def test_a_model_that_is_not_finite_still_chooses_tokens_of_the_vocabulary() -> 
     for broken in (float("nan"), float("inf")):
         tokens = choose(torch.full((2, 5), broken), noise, 1.0)
         assert ((tokens >= 0) & (tokens < 5)).all()
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
+def test_a_response_that_the_model_has_no_positions_for_is_refused(tiny_models: Any, architecture: str) -> None:
+    model, prompts = tiny_models.build(architecture), [[7], [7] * 60]  # it reads 64 tokens
+    settings = {"temperature": 0.0, "batch_size": 2, "seed": 0}
+    assert len(generate(model, tiny_models.tokenizer, prompts, max_new_tokens=4, **settings)) == 2
+    with pytest.raises(
+        DataError, match="a prompt of 60 tokens to be followed by up to 5, expected at most 64 together"
+    ):
+        generate(model, tiny_models.tokenizer, prompts, max_new_tokens=[60, 5], **settings)

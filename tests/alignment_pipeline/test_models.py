@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from alignment_pipeline.configs import SftConfig
 from alignment_pipeline.errors import ModelError
@@ -214,3 +215,17 @@ def test_decoding_habits_that_ship_with_a_model_do_not_shape_what_is_sampled(
     assert any(40 in ids for ids in plain) and any(len(ids) < 8 for ids in plain)
     edit_json(trunk / "model" / "generation_config.json", **habit)
     assert sample() == plain
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, tiny_models: Any) -> None:
+    settings = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
+    for scaling in (1.0, 8.0):
+        torch.manual_seed(0)
+        model = GraniteForCausalLM(GraniteConfig(**settings, logits_scaling=scaling))
+        folder = tiny_models.save(model, tmp_path / str(scaling)) / "model"
+        if scaling == 1.0:
+            load_causal_lm(folder)
+        else:
+            with pytest.raises(ModelError, match="a GraniteForCausalLM, whose logits are more than its language-model"):
+                load_causal_lm(folder)

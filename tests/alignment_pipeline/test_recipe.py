@@ -144,6 +144,8 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
             ["ppo.value_trunk=reward_model", "ppo.reward_function=rewards.py:reward"],
             "ppo.value_trunk: found reward_model, but PPO is not rewarded by a reward_model section",
         ),
+        (["ppo.kl_target_nats=6", "ppo.kl_horizon=7"], "ppo.kl_horizon: found 7, expected at least rollout_batch_size"),
+        (["ppo.reward_function=rewards"], "expected file.py:function"),
         (["ppo.kl_target_nats=6", "ppo.kl_coef=0"], "ppo.kl_target_nats: found with kl_coef 0, which it could never"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -124,3 +124,13 @@ def test_a_file_that_is_not_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rewards.txt").write_text("hello")
     with pytest.raises(RecipeError, match=r"rewards\.txt is not a Python file, expected one"):
         FunctionScorer(f"{tmp_path / 'rewards.txt'}:reward")
+
+
+def test_a_reward_file_may_define_dataclasses(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Rule:\n"
+        "    weight: float = 2.0\n\ndef reward(prompts, responses):\n    return [Rule().weight for _ in responses]\n"
+    )
+    scorer = FunctionScorer(f"{path}:reward")
+    assert scorer([Prompt("a", "A", [1])], [Response([2], "x", False)]) == [2.0]

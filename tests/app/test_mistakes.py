@@ -202,3 +202,9 @@ def test_a_leak_is_named_and_nothing_downstream_is_made(
     assert "Error in instructions: splits_share_no_prompt does not hold" in one_message(done)
     assert [path.name for path in (home / "artifacts").iterdir()] == ["instructions"]
     assert last_run(home)["status"] == "failed"
+
+
+def test_several_processes_are_refused_before_they_wait_for_each_other(align: Run, home: Path) -> None:
+    message = one_message(align(home, "run", "smoke", env={"WORLD_SIZE": "2"}))
+    assert "Found WORLD_SIZE=2" in message and "train_ppo under torchrun" in message
+    assert not (home / "runs").exists()

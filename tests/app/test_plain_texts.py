@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment_pipeline.classifier import ClassifierScorer
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 RECIPE = """
@@ -24,6 +26,7 @@ pairs: {validation_fraction: 0.3}
 dpo: {max_steps: 2, batch_size: 4, lora_rank: 4}
 reward_classifier:
   {train_path: labelled.jsonl, label: GOOD, label_names: [BAD, GOOD], vocab_size: 300, hidden_size: 16, num_heads: 2}
+ppo: {updates: 2, rollout_batch_size: 8, minibatch_size: 4, max_new_tokens: 6, missing_eos_penalty: 0, lora_rank: 4}
 evaluation: {judge: reward_classifier, prompts: 12, max_new_tokens: 8}
 """
 
@@ -59,13 +62,22 @@ def test_its_results_are_against_the_base_model_by_the_classifier(home: Path, re
         "base_model",
     )
     policies = {row["policy"]: row for row in results["policies"]}
-    assert list(policies) == ["base_model", "dpo_policy"]
+    assert list(policies) == ["base_model", "ppo_policy", "dpo_policy"]
     assert all(0 < row["judge_score"] < 1 and row["learned_score"] is not None for row in policies.values())
     checks = {(check["asset"], check["name"]) for check in results["checks"]}
     assert ("reward_classifier", "reward_classifier_beats_majority") in checks
     assert ("comparison", "dpo_policy_beats_base_model") in checks
     shown = align(home, "results", "texts", env=env).stdout
     assert "judge: P(label)" in shown and "against base_model" in shown
+
+
+def test_ppo_was_rewarded_by_the_classifiers_score_for_its_label(home: Path) -> None:
+    (classifier,) = (home / "artifacts" / "reward_classifier").glob("*/*")
+    (samples,) = (home / "artifacts" / "ppo_policy").glob("*/*/extras/samples.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert {row["update"] for row in rows} == {1, 2}
+    expected = ClassifierScorer.load(classifier, "GOOD").scores([row["prompt"] + row["response"] for row in rows], 4)
+    assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-4)  # other batches round otherwise
 
 
 def test_its_policies_continue_a_text_in_chat(home: Path, recipes: Path, align: Run) -> None:

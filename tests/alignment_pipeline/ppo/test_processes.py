@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignment_pipeline.configs import PpoConfig
+from alignment_pipeline.errors import ModelError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.ppo.processes import Processes
 from alignment_pipeline.progress import ProgressLog, metric_series
@@ -137,3 +138,11 @@ def test_one_process_holds_everything_and_exchanges_nothing(tmp_path: Path) -> N
     processes.sum_gradients([parameter, torch.nn.Parameter(torch.zeros(1))])
     assert parameter.grad.tolist() == [3.0, 4.0]
     assert processes.log_of_main(log) is log
+
+
+def test_processes_that_resume_from_different_checkpoints_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes()
+    processes.require_same("updates done", 3)
+    monkeypatch.setattr(processes, "gather", lambda values, length: [*values, 0])
+    with pytest.raises(ModelError, match=r"different numbers of updates done \(\[3, 0\]\), expected the same"):
+        processes.require_same("updates done", 3)

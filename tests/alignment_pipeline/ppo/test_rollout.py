@@ -301,3 +301,16 @@ def test_a_rollout_is_the_same_whatever_the_sizes_of_its_batches(ppo_case: Cases
         if isinstance(first, torch.Tensor) and first.is_floating_point():
             tolerance = 20 * ROUNDING  # advantages are divided by their deviation
             torch.testing.assert_close(first, getattr(other, field.name), rtol=0, atol=tolerance)
+
+
+def test_equal_scores_of_the_first_rollout_give_no_unit_and_the_next_rollouts_do(ppo_case: Cases) -> None:
+    """A reward of 0 or 1 is often 0 everywhere at first; its standard deviation of 0 must not be kept."""
+    case = ppo_case(score_normalization="first_rollout", missing_eos_penalty=0.0)
+    case.score = lambda prompts, responses: [0.0] * len(responses)
+    first, statistics = case.collect()
+    assert (first.rewarded_scores == 0).all()
+    case.score = lambda prompts, responses: [float(row == 0) for row in range(len(responses))]
+    second, statistics = case.collect(statistics=statistics)
+    assert 1 < second.rewarded_scores.max() < 10
+    third, _ = case.collect(statistics=statistics)
+    assert torch.equal(third.rewarded_scores, second.rewarded_scores)
