@@ -36,7 +36,7 @@ def home(tmp_path: Path) -> Path:
 
 def test_an_unknown_recipe(align: Run, home: Path) -> None:
     message = one_message(align(home, "run", "smok"))
-    assert "There is no recipe 'smok'" in message and "smoke, tiny" in message
+    assert "There is no recipe 'smok'" in message and "smoke, stories_sentiment, tiny" in message
     assert not home.exists()
 
 
