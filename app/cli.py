@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,17 +21,24 @@ from app.recipes import all_recipes, find_recipe
 from app.results import load_results, print_results
 from resources.home import REPOSITORY, alignment_home, prepare_home, use_dagster_instance
 
+if TYPE_CHECKING:
+    from resources.lineage.index import Lineage
+
 app = typer.Typer(
     help="From a base model and data to an aligned, evaluated policy.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+lineage_app = typer.Typer(help="The index behind why, impact and diff.", no_args_is_help=True)
+app.add_typer(lineage_app, name="lineage")
 _console = Console()
 _errors = Console(stderr=True)
 
 INTERRUPTED_EXIT_CODE = 130
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe; `align recipes` lists them.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+RunOption = Annotated[str | None, typer.Option("--run", help="A run's id; the current artifacts if left out.")]
 
 
 @app.command()
@@ -72,8 +79,8 @@ def recipes() -> None:
 @app.command()
 def results(
     recipe: Annotated[str | None, typer.Argument(help="A recipe; all that have results if left out.")] = None,
-    run_id: Annotated[str | None, typer.Option("--run", help="A run's id; the current artifacts if left out.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+    run_id: RunOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print the table of results."""
     from resources.runs import RunRecords
@@ -132,6 +139,69 @@ def oracle(
 
 
 @app.command()
+def why(
+    recipe: RecipeArgument,
+    metric: Annotated[str, typer.Argument(help="For example eval/win_rate, or the name alone.")],
+    policy: Annotated[str | None, typer.Option(help="What the number is about, for example ppo_policy.")] = None,
+    run_id: RunOption = None,
+    all_ids: Annotated[bool, typer.Option("--all-ids", help="List the id of every training row.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a number is made of: examples, policy, parents, settings, code, training rows."""
+    from app.lineage import print_json, print_why
+    from resources.lineage.questions import why as ask
+
+    answer = ask(_lineage(), find_recipe(recipe).name, metric, policy, run_id, all_ids)
+    (print_json if as_json else print_why)(_console, answer)
+
+
+@app.command()
+def impact(
+    thing: Annotated[
+        str, typer.Argument(metavar="ROW_ID|FILE:LINE", help="A row, a pair or a prompt, by id or place.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Show every model and release that learned from a row, and what else it touched."""
+    from app.lineage import print_impact, print_json
+    from resources.lineage.questions import impact as ask
+
+    (print_json if as_json else print_impact)(_console, ask(_lineage(), thing))
+
+
+@app.command()
+def diff(
+    run_a: Annotated[str, typer.Argument(help="A run's id, or its beginning.")],
+    run_b: Annotated[str, typer.Argument(help="Another's.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what differs between two runs, and how the numbers moved."""
+    from app.lineage import print_diff, print_json
+    from resources.lineage.questions import diff as ask
+
+    (print_json if as_json else print_diff)(_console, ask(_lineage(), run_a, run_b))
+
+
+@lineage_app.command()
+def rebuild() -> None:
+    """Make lineage.duckdb again from the home folder; needed after the file was damaged."""
+    index = _lineage()
+    artifacts = index.rebuild()
+    _console.print(
+        f"{index.path}: {artifacts} artifacts, content {index.content_sha256()[:16]}", highlight=False, soft_wrap=True
+    )
+
+
+@lineage_app.command()
+def sql(
+    statement: Annotated[str, typer.Argument(help="One SELECT; tables are described in resources/lineage/schema.sql.")],
+) -> None:
+    """Ask the index in SQL; rows are printed as JSON lines."""
+    for row in _lineage().query(statement):
+        typer.echo(json.dumps(row, ensure_ascii=False, default=str))
+
+
+@app.command()
 def dev(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 3000) -> None:
     """Open the Dagster web UI with every recipe and the runs that `align run` made."""
     home = prepare_home(alignment_home())
@@ -165,6 +235,16 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _lineage() -> "Lineage":
+    """The home's index; a missing one is announced, since it takes a while to make in a large home."""
+    from app.lineage import note_missing_index
+    from resources.lineage.index import Lineage
+
+    index = Lineage(alignment_home())
+    note_missing_index(_errors, index)
+    return index
 
 
 def _silence_exit() -> None:

@@ -30,7 +30,7 @@ from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.consistency import require_one_lineage
 from resources.feedback import FeedbackInbox
 from resources.home import REPOSITORY
-from resources.lineage import Lineage
+from resources.lineage.index import Lineage
 from resources.runs import FAILED, INTERRUPTED, RunRecords
 from resources.tracking import Tracking
 

@@ -10,7 +10,7 @@ import dagster as dg
 from alignment_pipeline.errors import AlignmentError
 from resources.compute import Compute
 from resources.home import alignment_home, prepare_home
-from resources.lineage import Lineage
+from resources.lineage.index import Lineage
 from resources.tracking import Tracking
 
 DEVICE_VARIABLE = "ALIGNMENT_DEVICE"

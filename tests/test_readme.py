@@ -91,7 +91,7 @@ def test_every_environment_variable_documented_is_read_somewhere() -> None:
 
 
 def test_the_queries_shown_in_the_operations_document_run(tmp_path: Path) -> None:
-    from resources.lineage import Lineage
+    from resources.lineage.index import Lineage
 
     text = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
     queries = re.findall(r'lineage\.query\("([^"]+)"\)', text)

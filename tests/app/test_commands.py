@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.recipes import all_recipes
-from resources.lineage import Lineage
+from resources.lineage.index import Lineage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TRACKED = {

@@ -1,0 +1,342 @@
+"""The lineage index: a DuckDB file over a home folder's manifests, tables and records, for questions in SQL.
+
+Belongs here: opening that file safely, and bringing it up to date. Tables and views are in `schema.sql`, what is read
+from which file in `reading`, the questions people ask in `questions`. The truth is the home folder, and the index can
+be deleted and made again to the same content.
+
+DuckDB lets one process write a file and then nobody else even read it, and its own retry loses writes when several
+processes want it. So every connection is short and taken under a lock file: exclusive to write, shared to read. Our own
+class and not `dagster_duckdb.DuckDBResource`, which leaves the file locked after an exception.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import duckdb
+
+from alignment_pipeline.errors import AlignmentError, StoreError
+from resources.lineage import reading, schema
+
+REBUILD_COMMAND = "align lineage rebuild"
+
+# Extensions are never fetched: an index must not need a network. A reader's SQL may touch nothing but the index.
+_WRITER_SETTINGS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+_READER_SETTINGS = {**_WRITER_SETTINGS, "enable_external_access": "false"}
+
+_USERS_ERRORS = (duckdb.ProgrammingError, duckdb.DataError, duckdb.PermissionException, duckdb.NotSupportedError)
+"""What a wrong statement raises; anything else from a query is the file's fault."""
+
+_MISFITS = (
+    duckdb.ProgrammingError,
+    duckdb.DataError,
+    duckdb.IntegrityError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+"""What one malformed artifact or record raises while it is indexed. The others are indexed all the same."""
+
+
+@dataclass(frozen=True)
+class _Backlog:
+    """What the index lacks: new or changed files with their stamps, and files that it must forget first."""
+
+    added: Mapping[str, str]
+    gone: Sequence[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.gone)
+
+
+class Lineage:
+    """The index of one home folder. Construction opens nothing; every method opens, works and closes.
+
+    Args:
+        home: Folder `ALIGNMENT_HOME`.
+        timeout_s: How long to wait for a process that holds the file.
+    """
+
+    def __init__(self, home: Path, timeout_s: float = 5.0) -> None:
+        self.path = home / "lineage.duckdb"
+        self._home = home
+        self._lock_path = home / "lineage.duckdb.lock"
+        self._gate_path = home / "lineage.duckdb.gate"
+        self._timeout_s = timeout_s
+
+    def sync(self, only: Collection[str] | None = None) -> int:
+        """Index what the home has and the index lacks; opens no connection for writing if that is nothing.
+
+        Args:
+            only: Paths below the home folder to look at. All of them if left out; a few keep what a run adds as quick
+                in a large index as in a small one.
+
+        Returns:
+            How many artifacts were added.
+
+        Raises:
+            StoreError: The file is held by another process or is broken, or something in the home is malformed; in
+                the last case everything else has been indexed.
+        """
+        if self.path.exists() and only is None:
+            with self._reader() as connection:
+                if schema.is_current(connection) and not self._backlog(connection, None):
+                    return 0
+        with self._locked(exclusive=True) as deadline:
+            if not self.path.exists():
+                return self._build(deadline)
+            with self._opened(self.path, deadline, read_only=False) as connection:
+                if schema.is_current(connection) or schema.migrate(connection):
+                    return _checked(*_index(connection, self._home, self._backlog(connection, only)))
+            return self._build(deadline)
+
+    def try_sync(self, only: Collection[str] | None = None) -> str | None:
+        """`sync` for places that must go on: a problem of the index comes back as a sentence, not as an exception."""
+        try:
+            self.sync(only)
+        except (StoreError, duckdb.Error, OSError) as error:
+            reason = " ".join(str(error).split())
+            return f"The lineage index was not updated; training goes on and the next opening catches up. {reason}"
+        return None
+
+    def rebuild(self) -> int:
+        """Make the index anew from the home, whatever state it is in; a crash meanwhile leaves the old one.
+
+        Returns:
+            How many artifacts it holds.
+
+        Raises:
+            StoreError: The file is held by another process, or something in the home is malformed.
+        """
+        with self._locked(exclusive=True) as deadline:
+            # A foreign holder would write its journal over the new file, so the old one must be free; it may be broken.
+            with contextlib.suppress(_BrokenIndexError), self._opened(self.path, deadline, read_only=False):
+                pass
+            return self._build(deadline)
+
+    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+        """Rows of a statement that only reads; the index is caught up first.
+
+        Args:
+            sql: One statement. Values go into `parameters` (`?` or `$name`), never into the text.
+            parameters: Values by position or by name.
+
+        Raises:
+            AlignmentError: The statement is wrong, or tries to write.
+            StoreError: The file is held by another process or is broken; says how to rebuild it.
+        """
+        with self.reading() as connection:
+            return rows(connection, sql, parameters)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection for several statements that belong together (see `rows`); the index is caught up first.
+
+        Raises:
+            StoreError: As `query`.
+        """
+        if not self.path.exists():
+            self.sync()
+        else:
+            self.try_sync()  # what ran since; where the file is held, the reader below says by whom
+        with self._reader() as connection:
+            yield connection
+
+    def content_sha256(self) -> str:
+        """Hash of every row of every table in an order of its own, so that two indexes can be compared.
+
+        Raises:
+            StoreError: As `query`.
+        """
+        total = hashlib.sha256()
+        with self._reader() as connection:
+            tables = connection.execute("SELECT table_name FROM duckdb_tables() ORDER BY ALL").fetchall()
+            for (table,) in tables:
+                total.update(table.encode())
+                cursor = connection.execute(f'SELECT * FROM "{table}" ORDER BY ALL')
+                while batch := cursor.fetchmany(10_000):
+                    total.update(repr(batch).encode("utf-8", "surrogatepass"))
+        return total.hexdigest()
+
+    def _backlog(self, connection: duckdb.DuckDBPyConnection, only: Collection[str] | None) -> _Backlog:
+        """Compare the home with the index."""
+        if only is None:
+            present = reading.sources(self._home)
+            indexed = dict(connection.execute("SELECT path, stamp FROM indexed_files").fetchall())
+        else:
+            stamps = ((path, reading.stamp_of(self._home / path)) for path in only)
+            present = {path: stamp for path, stamp in stamps if stamp is not None}
+            found = connection.execute("SELECT path, stamp FROM indexed_files WHERE path IN ?", [list(only)])
+            indexed = dict(found.fetchall())
+        added = {path: stamp for path, stamp in present.items() if indexed.get(path) != stamp}
+        return _Backlog(added, [path for path in indexed if path in added or path not in present])
+
+    def _build(self, deadline: float) -> int:
+        """Make the whole index beside its place and rename it in, so that a crash leaves no half-made file."""
+        beside = self.path.with_name(f"{self.path.name}.new")
+        _delete(beside)
+        with self._opened(beside, deadline, read_only=False) as connection:
+            schema.create(connection)
+            outcome = _index(connection, self._home, _Backlog(reading.sources(self._home), ()))
+        _delete(self.path)
+        beside.replace(self.path)  # closing has moved DuckDB's journal into the file
+        return _checked(*outcome)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with self._locked(exclusive=False) as deadline, self._opened(self.path, deadline, read_only=True) as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _locked(self, *, exclusive: bool) -> Iterator[float]:
+        """Hold the lock file, and yield the time until which the rest may wait too (monotonic seconds).
+
+        Everybody passes the gate first. A writer keeps it until the readers are out, so that readers who come and go
+        cannot keep it waiting for ever.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+            gate_file, lock_file = self._gate_path.open("a"), self._lock_path.open("a+")
+        except OSError as error:
+            raise StoreError(
+                f"{self._lock_path} cannot be opened ({error.strerror}); expected a writable home."
+            ) from error
+        with lock_file as lock:  # each holder has a descriptor of its own, so threads exclude each other too
+            with gate_file as gate:
+                self._acquire(gate, kind, deadline)
+                self._acquire(lock, kind, deadline)
+            if exclusive:
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+            yield deadline
+
+    def _acquire(self, lock: IO[str], kind: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    pid = self._lock_path.read_text(encoding="utf-8")
+                    raise StoreError(
+                        f"{self._lock_path} was held by other runs for {self._timeout_s:g} s; the last to write was "
+                        f"process {pid or 'unknown'}. Try again when they are done."
+                    ) from None
+                time.sleep(random.uniform(0.002, 0.01))
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path, deadline: float, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection, waiting for a process that does not know of our lock (such as somebody's DuckDB shell)."""
+        settings = _READER_SETTINGS if read_only else _WRITER_SETTINGS
+        try:
+            while True:
+                try:
+                    connection = duckdb.connect(str(path), read_only=read_only, config=settings)
+                    break
+                except (duckdb.IOException, duckdb.ConnectionException) as error:
+                    if not _is_held(error):
+                        raise
+                    if time.monotonic() >= deadline:
+                        raise StoreError(
+                            f"{path} is in use by another program and was not free within {self._timeout_s:g} s. "
+                            f"Close it there and try again. DuckDB says: {error}"
+                        ) from error
+                    time.sleep(random.uniform(0.02, 0.1))
+            try:
+                yield connection
+            finally:
+                connection.close()
+        except duckdb.Error as error:
+            raise _BrokenIndexError(
+                f"{path} cannot be read as an index ({error}). Nothing is lost: it is made from the home folder. "
+                f"`{REBUILD_COMMAND}` makes it again."
+            ) from error
+
+
+def rows(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+) -> list[dict[str, Any]]:
+    """Rows of one statement, by column.
+
+    Raises:
+        AlignmentError: The statement is wrong, or tries to write.
+    """
+    try:
+        connection.execute(sql, parameters)
+        names = [column[0] for column in connection.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in connection.fetchall()]
+    except _USERS_ERRORS as error:
+        raise AlignmentError(
+            f"The query cannot be answered: {error}\nTables and views are described in resources/lineage/schema.sql."
+        ) from error
+
+
+class _BrokenIndexError(StoreError):
+    """The index is unreadable, and not only held by somebody."""
+
+
+def _is_held(error: duckdb.Error) -> bool:
+    """Whether a connection failed because of another holder; DuckDB has no class of its own for it."""
+    text = str(error)
+    return "Could not set lock" in text or "different configuration" in text
+
+
+def _delete(database: Path) -> None:
+    database.unlink(missing_ok=True)
+    database.with_name(f"{database.name}.wal").unlink(missing_ok=True)
+
+
+def _index(connection: duckdb.DuckDBPyConnection, home: Path, backlog: _Backlog) -> tuple[int, list[str]]:
+    """Forget and add files, each in a transaction of its own: DuckDB checks keys within one too eagerly.
+
+    Returns:
+        How many artifacts were added, and which files are malformed and were left out.
+    """
+    added, problems = 0, []
+    for path in backlog.gone:
+        with _transaction(connection):
+            reading.forget(connection, path)
+    for path, stamp in backlog.added.items():
+        try:
+            with _transaction(connection):
+                reading.add(connection, home, path, stamp)
+            added += reading.is_manifest(path)
+        except _MISFITS as error:
+            problems.append(f"{home / path}: {type(error).__name__}: {error}")
+        except FileNotFoundError:
+            continue  # it went since it was listed
+    if backlog.gone:
+        with _transaction(connection):
+            reading.sweep(connection)
+    return added, problems
+
+
+def _checked(added: int, problems: Sequence[str]) -> int:
+    if problems:
+        raise StoreError(
+            f"{len(problems)} malformed files of the home are not in the lineage index; everything else is. "
+            f"Delete them, and what needs them makes them again. The first: {problems[0]}"
+        )
+    return added
+
+
+@contextlib.contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    connection.begin()
+    try:
+        yield
+    except BaseException:
+        connection.rollback()
+        raise
+    connection.commit()
