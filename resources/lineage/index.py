@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import random
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,18 @@ _MISFITS = (
     AttributeError,
 )
 """What one malformed artifact or record raises while it is indexed. The others are indexed all the same."""
+
+
+@dataclass(frozen=True)
+class _Lock:
+    """A held lock file, and the time until which what follows may wait too (monotonic seconds)."""
+
+    file: IO[str]
+    deadline: float
+
+    def share(self) -> None:
+        """Let readers in, and no writer."""
+        fcntl.flock(self.file, fcntl.LOCK_SH)
 
 
 @dataclass(frozen=True)
@@ -84,19 +97,17 @@ class Lineage:
 
         Raises:
             StoreError: The file is held by another process or is broken, or something in the home is malformed; in
-                the last case everything else has been indexed.
+                the last case everything else has been indexed, and what is malformed is not looked at again until it
+                has changed.
         """
-        if self.path.exists() and only is None:
-            with self._reader() as connection:
-                if schema.is_current(connection) and not self._backlog(connection, None):
-                    return 0
-        with self._locked(exclusive=True) as deadline:
-            if not self.path.exists():
-                return self._build(deadline)
-            with self._opened(self.path, deadline, read_only=False) as connection:
-                if schema.is_current(connection) or schema.migrate(connection):
-                    return _checked(*_index(connection, self._home, self._backlog(connection, only)))
-            return self._build(deadline)
+        if only is None:
+            with self._locked(exclusive=False) as lock:
+                if self.path.exists():
+                    with self._opened(self.path, lock.deadline, read_only=True) as connection:
+                        if self._is_complete(connection):
+                            return 0
+        with self._locked(exclusive=True) as lock:
+            return self._catch_up(lock.deadline, only)
 
     def try_sync(self, only: Collection[str] | None = None) -> str | None:
         """`sync` for places that must go on: a problem of the index comes back as a sentence, not as an exception."""
@@ -116,11 +127,11 @@ class Lineage:
         Raises:
             StoreError: The file is held by another process, or something in the home is malformed.
         """
-        with self._locked(exclusive=True) as deadline:
+        with self._locked(exclusive=True) as lock:
             # A foreign holder would write its journal over the new file, so the old one must be free; it may be broken.
-            with contextlib.suppress(_BrokenIndexError), self._opened(self.path, deadline, read_only=False):
+            with contextlib.suppress(_BrokenIndexError), self._opened(self.path, lock.deadline, read_only=False):
                 pass
-            return self._build(deadline)
+            return self._build(lock.deadline)
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """Rows of a statement that only reads; the index is caught up first.
@@ -143,12 +154,18 @@ class Lineage:
         Raises:
             StoreError: As `query`.
         """
-        if not self.path.exists():
-            self.sync()
-        else:
-            self.try_sync()  # what ran since; where the file is held, the reader below says by whom
-        with self._reader() as connection:
-            yield connection
+        with self._locked(exclusive=False) as lock:
+            if self.path.exists():
+                with self._opened(self.path, lock.deadline, read_only=True) as connection:
+                    if self._is_complete(connection):
+                        yield connection
+                        return
+        with self._locked(exclusive=True) as lock:
+            with contextlib.suppress(_MalformedError):
+                self._catch_up(lock.deadline, None)
+            lock.share()
+            with self._opened(self.path, lock.deadline, read_only=True) as connection:
+                yield connection
 
     def content_sha256(self) -> str:
         """Hash of every row of every table in an order of its own, so that two indexes can be compared.
@@ -157,7 +174,7 @@ class Lineage:
             StoreError: As `query`.
         """
         total = hashlib.sha256()
-        with self._reader() as connection:
+        with self.reading() as connection:
             tables = connection.execute("SELECT table_name FROM duckdb_tables() ORDER BY ALL").fetchall()
             for (table,) in tables:
                 total.update(table.encode())
@@ -165,6 +182,17 @@ class Lineage:
                 while batch := cursor.fetchmany(10_000):
                     total.update(repr(batch).encode("utf-8", "surrogatepass"))
         return total.hexdigest()
+
+    def _catch_up(self, deadline: float, only: Collection[str] | None) -> int:
+        """Bring the file up to date, or make it; returns how many artifacts were added."""
+        if self.path.exists():
+            with self._opened(self.path, deadline, read_only=False) as connection:
+                if schema.is_current(connection) or schema.migrate(connection):
+                    return _checked(*_index(connection, self._home, self._backlog(connection, only)))
+        return self._build(deadline)
+
+    def _is_complete(self, connection: duckdb.DuckDBPyConnection) -> bool:
+        return schema.is_current(connection) and not self._backlog(connection, None)
 
     def _backlog(self, connection: duckdb.DuckDBPyConnection, only: Collection[str] | None) -> _Backlog:
         """Compare the home with the index."""
@@ -191,49 +219,39 @@ class Lineage:
         return _checked(*outcome)
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with self._locked(exclusive=False) as deadline, self._opened(self.path, deadline, read_only=True) as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _locked(self, *, exclusive: bool) -> Iterator[float]:
-        """Hold the lock file, and yield the time until which the rest may wait too (monotonic seconds).
+    def _locked(self, *, exclusive: bool) -> Iterator["_Lock"]:
+        """Hold the lock file.
 
         Everybody passes the gate first. A writer keeps it until the readers are out, so that readers who come and go
         cannot keep it waiting for ever.
         """
         deadline = time.monotonic() + self._timeout_s
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        gate = self._acquire(self._gate_path, kind, deadline)
+        try:
+            file = self._acquire(self._lock_path, kind, deadline)
+        finally:
+            gate.close()
+        with file:  # each holder has a descriptor of its own, so threads exclude each other too
+            if exclusive:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+            yield _Lock(file, deadline)
+
+    def _acquire(self, path: Path, kind: int, deadline: float) -> IO[str]:
         try:
             self._home.mkdir(parents=True, exist_ok=True)
-            gate_file, lock_file = self._gate_path.open("a"), self._lock_path.open("a+")
+            file = path.open("a+")
         except OSError as error:
+            raise StoreError(f"{path} cannot be opened ({error.strerror}); expected a writable home.") from error
+        if not _flock(file, kind, deadline):
+            pid = self._lock_path.read_text(encoding="utf-8") if self._lock_path.is_file() else ""
             raise StoreError(
-                f"{self._lock_path} cannot be opened ({error.strerror}); expected a writable home."
-            ) from error
-        with lock_file as lock:  # each holder has a descriptor of its own, so threads exclude each other too
-            with gate_file as gate:
-                self._acquire(gate, kind, deadline)
-                self._acquire(lock, kind, deadline)
-            if exclusive:
-                lock.truncate(0)
-                lock.write(str(os.getpid()))
-                lock.flush()
-            yield deadline
-
-    def _acquire(self, lock: IO[str], kind: int, deadline: float) -> None:
-        while True:
-            try:
-                fcntl.flock(lock, kind | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    pid = self._lock_path.read_text(encoding="utf-8")
-                    raise StoreError(
-                        f"{self._lock_path} was held by other runs for {self._timeout_s:g} s; the last to write was "
-                        f"process {pid or 'unknown'}. Try again when they are done."
-                    ) from None
-                time.sleep(random.uniform(0.002, 0.01))
+                f"{self._lock_path} was held by other runs for {self._timeout_s:g} s; the last to write was "
+                f"process {pid or 'unknown'}. Try again when they are done."
+            )
+        return file
 
     @contextlib.contextmanager
     def _opened(self, path: Path, deadline: float, *, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -282,8 +300,39 @@ def rows(
         ) from error
 
 
+class _MalformedError(StoreError):
+    """Some files of the home could not be indexed; the others are."""
+
+
 class _BrokenIndexError(StoreError):
     """The index is unreadable, and not only held by somebody."""
+
+
+def _flock(file: IO[str], kind: int, deadline: float) -> bool:
+    """Lock a file, waiting in the kernel's queue, where nobody is passed over for long; False after the deadline."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        pass
+    state = threading.Lock()
+    given_up = False
+    got = False
+
+    def wait() -> None:
+        nonlocal got
+        fcntl.flock(file, kind)
+        with state:
+            got = True
+            if given_up:
+                file.close()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(max(0.0, deadline - time.monotonic()))
+    with state:
+        given_up = not got
+    return got
 
 
 def _is_held(error: duckdb.Error) -> bool:
@@ -313,7 +362,10 @@ def _index(connection: duckdb.DuckDBPyConnection, home: Path, backlog: _Backlog)
                 reading.add(connection, home, path, stamp)
             added += reading.is_manifest(path)
         except _MISFITS as error:
-            problems.append(f"{home / path}: {type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error}"
+            problems.append(f"{home / path}: {problem}")
+            with _transaction(connection):
+                connection.execute("INSERT INTO indexed_files VALUES (?, ?, ?)", [path, stamp, problem])
         except FileNotFoundError:
             continue  # it went since it was listed
     if backlog.gone:
@@ -324,7 +376,7 @@ def _index(connection: duckdb.DuckDBPyConnection, home: Path, backlog: _Backlog)
 
 def _checked(added: int, problems: Sequence[str]) -> int:
     if problems:
-        raise StoreError(
+        raise _MalformedError(
             f"{len(problems)} malformed files of the home are not in the lineage index; everything else is. "
             f"Delete them, and what needs them makes them again. The first: {problems[0]}"
         )

@@ -255,7 +255,7 @@ def _add_rows(connection: Connection, artifacts: dict[str, Answer], all_ids: boo
     counted = rows(
         connection,
         "SELECT artifact_id, kind, count(*) AS count, "
-        + ("list(coalesce(row_id, prompt_id) ORDER BY ALL)" if all_ids else "min(coalesce(row_id, prompt_id), $shown)")
+        + ("list_sort(list(coalesce(row_id, prompt_id)))" if all_ids else "min(coalesce(row_id, prompt_id), $shown)")
         + " AS ids FROM training_rows WHERE artifact_id IN $ids GROUP BY artifact_id, kind ORDER BY artifact_id, kind",
         {"ids": list(artifacts)} if all_ids else {"ids": list(artifacts), "shown": SHOWN_IDS},
     )

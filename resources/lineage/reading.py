@@ -134,7 +134,7 @@ def add(connection: duckdb.DuckDBPyConnection, home: Path, path: str, stamp: str
     else:
         add_content = {"runs": _add_run, "current": _add_current, "releases": _add_release}[kind]
         add_content(connection, Path(path).stem, json.loads((home / path).read_text(encoding="utf-8")))
-    connection.execute("INSERT OR REPLACE INTO indexed_files VALUES (?, ?)", [path, stamp])
+    connection.execute("INSERT INTO indexed_files VALUES (?, ?, NULL)", [path, stamp])
 
 
 def forget(connection: duckdb.DuckDBPyConnection, path: str) -> None:

@@ -21,8 +21,9 @@ CREATE TABLE schema_sections (
 
 -- One row a file that has been read. stamp (inode:size:time) tells whether it has changed since.
 CREATE TABLE indexed_files (
-    path  VARCHAR PRIMARY KEY,  -- below the home folder
-    stamp VARCHAR NOT NULL
+    path    VARCHAR PRIMARY KEY,  -- below the home folder
+    stamp   VARCHAR NOT NULL,
+    problem VARCHAR               -- why it is malformed, and nothing else of it is indexed; else NULL
 );
 
 -- One row an artifact: what was computed (key, code, config, seed), what came out (data_version), and where and when.

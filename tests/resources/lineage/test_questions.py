@@ -1,0 +1,273 @@
+"""Questions to the index of a real home: `smoke` as it is, with another beta for DPO, and with data from a file."""
+
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from alignment_pipeline.errors import AlignmentError
+from alignment_pipeline.identity import read_jsonl
+from alignment_pipeline.prompts import format_prompt, normalised
+from resources.artifact_store import ArtifactRef
+from resources.lineage.index import Lineage
+from resources.lineage.questions import diff, impact, why
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+MODELS = {"base_model", "sft_model", "reward_model", "ppo_policy", "dpo_policy"}
+BAD_LINE = 7
+
+
+@pytest.fixture(scope="module")
+def home(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory, align: Run) -> Path:
+    """A copy of the smoke home in which DPO was then run with another beta."""
+    copy = tmp_path_factory.mktemp("asked") / "home"
+    shutil.copytree(smoke_home, copy, ignore=shutil.ignore_patterns("dagster", "wandb"))
+    done = align(copy, "run", "smoke", "--set", "dpo.beta=0.2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy
+
+
+@pytest.fixture(scope="module")
+def lineage(home: Path) -> Lineage:
+    return Lineage(home)
+
+
+def runs(home: Path) -> list[str]:
+    records = [json.loads(path.read_text()) for path in (home / "runs").glob("*.json")]
+    return [record["run_id"] for record in sorted(records, key=lambda record: str(record["started_at"]))]
+
+
+def folder(home: Path, asset: str) -> Path:
+    current = json.loads((home / "current" / "smoke.json").read_text())
+    return home / "artifacts" / ArtifactRef(**current[asset]).artifact_id
+
+
+def test_a_win_rate_is_followed_to_its_examples_models_settings_and_rows(home: Path, lineage: Lineage) -> None:
+    (row,) = [row for row in read_jsonl(folder(home, "comparison") / "table.jsonl") if row["policy"] == "ppo_policy"]
+    answer = why(lineage, "smoke", "eval/win_rate", "ppo_policy")
+    assert (answer["value"], answer["interval"]) == (row["win_rate"], [row["win_rate_low"], row["win_rate_high"]])
+    counted = answer["examples"]
+    assert counted["count"] == counted["won"] + counted["tied"] + counted["lost"] == row["prompts"]
+    assert counted["recomputed"] == pytest.approx(row["win_rate"])
+    by_asset = {made["asset"]: made for made in answer["artifacts"].values()}
+    assert by_asset.keys() == MODELS - {"dpo_policy"} | {
+        "comparison", "ppo_evaluation", "sft_evaluation", "instructions", "formatted_dataset", "sampled_responses",
+        "preference_labels", "human_preferences", "preference_pairs",
+    }  # fmt: skip
+    manifest = json.loads((folder(home, "ppo_policy") / "manifest.json").read_text())
+    ppo = by_asset["ppo_policy"]
+    assert (ppo["config"], ppo["seed"], ppo["code_version"]) == (
+        manifest["config"], manifest["seed"], manifest["code_version"],
+    )  # fmt: skip
+    assert ppo["packages"] == manifest["environment"]["packages"]
+    assert ppo["git_commit"] == manifest["environment"]["git_commit"]
+    train = [row["id"] for row in read_jsonl(folder(home, "formatted_dataset") / "train.jsonl")]
+    (rows,) = by_asset["sft_model"]["rows"]
+    assert (rows["kind"], rows["count"], rows["ids"]) == ("training_row", len(train), sorted(train)[:3])
+    pairs = read_jsonl(folder(home, "preference_pairs") / "train.jsonl")
+    (rows,) = by_asset["reward_model"]["rows"]
+    assert (rows["kind"], rows["count"]) == ("preference_pair", len(pairs))
+
+
+def test_all_ids_are_listed_on_request(home: Path, lineage: Lineage) -> None:
+    answer = why(lineage, "smoke", "eval/token_accuracy", all_ids=True)
+    made = answer["artifacts"][answer["artifact"]]
+    train = [row["id"] for row in read_jsonl(folder(home, "formatted_dataset") / "train.jsonl")]
+    assert made["asset"] == "sft_model" and made["rows"][0]["ids"] == sorted(train)
+
+
+@pytest.mark.parametrize("metric", ["judge_score", "learned_score", "kl_nats", "mean_tokens", "eos_rate", "bleu"])
+def test_means_over_examples_come_out_again_in_sql(metric: str, lineage: Lineage) -> None:
+    answer = why(lineage, "smoke", metric, "dpo_policy")
+    assert answer["metric"] == f"eval/{metric}" and answer["examples"]["count"] == 24
+    if metric == "bleu":  # of the corpus, not a mean
+        assert answer["examples"]["recomputed"] is None and answer["interval"] is None
+    else:
+        assert answer["examples"]["recomputed"] == pytest.approx(answer["value"])
+        low, high = answer["interval"]
+        assert low <= answer["value"] <= high
+
+
+def test_a_run_is_asked_for_by_the_beginning_of_its_id(home: Path, lineage: Lineage) -> None:
+    first, second = runs(home)
+    old, new = (why(lineage, "smoke", "kl_nats", "dpo_policy", run=run[:13]) for run in (first, second))
+    assert new["artifact"] == why(lineage, "smoke", "kl_nats", "dpo_policy")["artifact"] != old["artifact"]
+    beta = {
+        made["config"]["beta"] for answer in (old, new) for made in answer["artifacts"].values()
+        if made["asset"] == "dpo_policy"
+    }  # fmt: skip
+    assert beta == {0.1, 0.2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("smoke", "eval/win_rat"), "no metric 'eval/win_rat'; expected one of: .*eval/win_rate"),
+        (("smoke", "eval/win_rate"), "known of base_model, dpo_policy, ppo_policy, sft_model. Choose one: --policy"),
+        (("smoke", "eval/win_rate", "ppo"), "not known of 'ppo'; expected one of"),
+        (("tiny", "eval/win_rate"), "Run `align run tiny` first"),
+        (("smoke", "eval/win_rate", "ppo_policy", "nope"), "no run that begins so, expected one of"),
+        (("smoke", "eval/win_rate", "ppo_policy", ""), "several runs that begin so"),
+    ],
+)
+def test_a_number_that_is_not_there_is_a_sentence(arguments: tuple[str, ...], message: str, lineage: Lineage) -> None:
+    if len(arguments) == 4 and not arguments[3]:
+        first = {run[0] for run in [row["run_id"] for row in lineage.query("SELECT run_id FROM runs")]}
+        if len(first) > 1:
+            pytest.skip("the two runs' ids have no beginning in common")
+        arguments = (*arguments[:3], first.pop())
+    with pytest.raises(AlignmentError, match=message):
+        why(lineage, *arguments)
+
+
+def test_no_training_row_of_any_ancestor_shares_a_prompt_with_an_evaluation_row(home: Path, lineage: Lineage) -> None:
+    """In SQL over the tables alone, not over the view that the product has for it, and in the texts."""
+    examples = lineage.query("SELECT artifact_id, prompt_id, prompt FROM evaluation_examples ORDER BY ALL")
+    drawn = random.Random(0).sample(examples, 40)
+    trained = lineage.query("SELECT count(*) AS n FROM dataset_rows WHERE split = 'train'")[0]["n"]
+    assert trained > 200 and len({example["artifact_id"] for example in drawn}) >= 4
+    for example in drawn:
+        shared = lineage.query(
+            """
+            WITH RECURSIVE family (id) AS (
+                SELECT $artifact UNION SELECT input_artifact_id FROM artifact_inputs JOIN family ON artifact_id = id
+            )
+            SELECT artifact_id, row_id FROM dataset_rows JOIN family ON artifact_id = id
+            WHERE split = 'train' AND prompt_id = $prompt
+            UNION ALL
+            SELECT artifact_id, pair_id FROM preference_pairs JOIN family ON artifact_id = id
+            WHERE split = 'train' AND prompt_id = $prompt
+            UNION ALL
+            SELECT artifact_id, prompt_id FROM rollouts JOIN family ON artifact_id = id WHERE prompt_id = $prompt
+            """,
+            {"artifact": example["artifact_id"], "prompt": example["prompt_id"]},
+        )
+        assert shared == [], example
+    texts = {normalised(example["prompt"]) for example in drawn}
+    rows = lineage.query("SELECT instruction, input FROM dataset_rows WHERE split = 'train'")
+    assert texts.isdisjoint(normalised(format_prompt(row["instruction"], row["input"])) for row in rows)
+    assert lineage.query("SELECT * FROM leaked_prompts") == []
+
+
+def test_the_view_of_leaks_finds_one(home: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "leaky.duckdb"
+    Lineage(home).sync()
+    shutil.copyfile(home / "lineage.duckdb", copy)
+    with duckdb.connect(str(copy)) as connection:
+        connection.execute(
+            "UPDATE preference_pairs SET prompt_id = (SELECT min(prompt_id) FROM evaluation_examples) WHERE pair_id = "
+            "(SELECT min(pair_id) FROM preference_pairs WHERE split = 'train') AND split = 'train'"
+        )
+        found = connection.execute("SELECT DISTINCT kind, split_part(trained_artifact_id, '/', 1) FROM leaked_prompts")
+        assert set(found.fetchall()) == {("preference_pair", "reward_model"), ("preference_pair", "dpo_policy")}
+
+
+def test_a_training_row_reaches_every_model_and_a_test_row_none(home: Path, lineage: Lineage) -> None:
+    trained = read_jsonl(folder(home, "formatted_dataset") / "train.jsonl")
+    paired = {pair["prompt_id"] for pair in read_jsonl(folder(home, "preference_pairs") / "train.jsonl")}
+    row = next(row for row in trained if row["prompt_id"] in paired)
+    answer = impact(lineage, row["id"])
+    learned = {entry["artifact_id"]: entry for entry in answer["learned"]}
+    assert {entry["stage"] for entry in learned.values()} == MODELS
+    assert len(learned) == len(MODELS) + 1  # both DPO policies
+    by_asset = {name: entry for entry in learned.values() for name in entry["assets"]}
+    assert by_asset["smoke/sft_model"]["kinds"] == ["training_row"]
+    assert by_asset["smoke/base_model"]["kinds"] == ["pretraining_row"]
+    assert by_asset["smoke/dpo_policy"]["kinds"] == ["preference_pair"]
+    assert any(through.startswith("sft_model/") for through in by_asset["smoke/ppo_policy"]["through"])
+    assert {name for entry in answer["derived"] for name in entry["assets"]} >= {"smoke/comparison"}
+    assert answer["asked"] == []
+
+    asked = read_jsonl(folder(home, "ppo_evaluation") / "examples.jsonl")[0]
+    answer = impact(lineage, asked["prompt_id"])
+    assert answer["learned"] == answer["derived"] == []
+    assert {row["split"] for row in answer["found"]} == {"test"}
+    assert {name for entry in answer["asked"] for name in entry["assets"]} >= {"smoke/ppo_evaluation"}
+
+
+def test_a_release_is_among_what_a_row_reached(home: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "home"
+    shutil.copytree(home, copy)
+    current = json.loads((copy / "current" / "smoke.json").read_text())
+    (copy / "releases").mkdir(exist_ok=True)
+    release = {"release_id": "v1", "recipe": "smoke", "asset": "dpo_policy", **current["dpo_policy"]}
+    (copy / "releases" / "v1.json").write_text(json.dumps(release))
+    row = read_jsonl(folder(copy, "formatted_dataset") / "train.jsonl")[0]
+    learned = impact(Lineage(copy), row["id"])["learned"]
+    assert [entry["assets"] for entry in learned if entry["releases"] == ["v1"]] == [["smoke/dpo_policy"]]
+
+
+def test_pairs_name_the_model_that_sampled_them(home: Path, lineage: Lineage) -> None:
+    sft = folder(home, "sft_model").relative_to(home / "artifacts").as_posix()
+    found = lineage.query(
+        "SELECT DISTINCT source, labeller, sampled_by FROM pairs_with_sampler "
+        "WHERE artifact_id LIKE 'preference_pairs/%'"
+    )
+    assert found == [{"source": "sampled", "labeller": "reference_chrf", "sampled_by": sft}]
+
+
+def test_two_runs_differ_in_what_was_changed_and_in_what_came_of_it(home: Path, lineage: Lineage) -> None:
+    first, second = runs(home)
+    answer = diff(lineage, first, second)
+    found = {(entry["kind"], entry["name"], entry["a"], entry["b"]) for entry in answer["differences"]}
+    assert {("override", "dpo.beta", None, "0.2"), ("config", "beta", "0.1", "0.2")} <= found
+    assert {kind for kind, *_ in found} <= {"override", "config", "data", "environment"}  # a commit may lie between
+    (beta,) = [entry for entry in answer["differences"] if entry["name"] == "beta"]
+    assert beta["assets"] == ["dpo_policy"]
+    assert {entry["asset"] for entry in answer["results"]} == {"dpo_policy", "dpo_evaluation", "comparison"}
+    assert {entry["policy"] for entry in answer["metrics"]} == {"dpo_policy"}
+    for entry in answer["metrics"]:
+        if entry["metric"] in ("eval/kl_nats", "eval/learned_score"):
+            numbers = [why(lineage, "smoke", entry["metric"], "dpo_policy", run)["value"] for run in (first, second)]
+            assert [entry["a"], entry["b"]] == numbers
+    backwards = diff(lineage, second, first)["metrics"]
+    assert [(entry["b"], entry["a"]) for entry in backwards] == [(e["a"], e["b"]) for e in answer["metrics"]]
+    assert diff(lineage, first, first) | {"runs": []} == {
+        "runs": [], "differences": [], "results": [], "metrics": [],
+    }  # fmt: skip
+
+
+def test_plain_duckdb_answers_the_same(home: Path, lineage: Lineage) -> None:
+    answer = why(lineage, "smoke", "eval/win_rate", "ppo_policy")
+    with duckdb.connect(str(home / "lineage.duckdb"), read_only=True) as connection:
+        number = connection.execute(
+            "SELECT value FROM numbers WHERE recipe = 'smoke' AND run_id = 'current' AND metric = 'eval/win_rate' AND "
+            "policy = 'ppo_policy'"
+        ).fetchall()
+        wins = connection.execute(
+            "SELECT avg(win) FROM paired_examples WHERE artifact_id = ? AND policy = 'ppo_policy'", [answer["artifact"]]
+        ).fetchall()
+    assert number == [(answer["value"],)] and wins[0][0] == pytest.approx(answer["value"])
+
+
+def test_a_line_of_a_file_is_found_wherever_the_file_lies_now(copy_of_home: Path, tmp_path: Path, align: Run) -> None:
+    rows = read_jsonl(folder(copy_of_home, "instructions") / "rows.jsonl")[:120]
+    lines = [json.dumps({name: row[name] for name in ("instruction", "input", "output")}) for row in rows]
+    lines[BAD_LINE - 1] = "not JSON"
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    changed = (f"data.path={data}", "data.world_rows=null", "evaluation.judge=reference_chrf")
+    settings = [argument for setting in changed for argument in ("--set", setting)]
+    done = align(copy_of_home, "run", "smoke", *settings, "--select", "instructions", "--select", "base_model")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lineage = Lineage(copy_of_home)
+    place = {
+        row["source_line"]: row["split"] for row in lineage.query("SELECT * FROM dataset_rows WHERE source <> 'world'")
+    }
+    line = next(line for line, split in place.items() if split == "train")
+    moved = data.rename(tmp_path / "renamed.jsonl")
+    for named in (str(data), str(moved)):
+        answer = impact(lineage, f"{named}:{line}")
+        assert [row["text"] for row in answer["found"]] == [rows[line - 1]["output"]]
+        assert {entry["stage"] for entry in answer["learned"]} >= {"base_model"}
+    refused = impact(lineage, f"{moved}:{BAD_LINE}")
+    assert refused["found"] == [] and [entry["reason"] for entry in refused["quarantined"]] == ["invalid_json"]
+    for nothing in (f"{moved}:9999", "elsewhere.jsonl:1", "0123456789abcdef"):
+        with pytest.raises(AlignmentError, match="expected the id of a row, a pair or a prompt, or FILE:LINE"):
+            impact(lineage, nothing)
