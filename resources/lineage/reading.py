@@ -4,8 +4,11 @@ A file is named by its path below the home folder, and its first part decides wh
 beside it, a run record, what is current, a release, or a journal of votes.
 """
 
+import contextlib
+import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,18 +105,32 @@ def sources(home: Path) -> dict[str, str]:
 
     A stamp is taken before its file is read: a change in between is read again the next time.
     """
+    prefix = len(str(home)) + 1
     found = {}
     for pattern in _PATTERNS:
-        for path in sorted(home.glob(pattern)):
+        for path in sorted(_matching(str(home), pattern.split("/"))):
             if (stamp := stamp_of(path)) is not None:
-                found[path.relative_to(home).as_posix()] = stamp
+                found[path[prefix:]] = stamp
     return found
 
 
-def stamp_of(path: Path) -> str | None:
+def _matching(folder: str, pattern: Sequence[str]) -> Iterator[str]:
+    """Paths below a folder, one pattern a level. `Path.glob` takes five times as long, and every query waits for it."""
+    first, *rest = pattern
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = [first] if first.isidentifier() or first == MANIFEST else fnmatch.filter(os.listdir(folder), first)
+        for name in names:
+            path = f"{folder}/{name}"
+            if rest:
+                yield from _matching(path, rest)
+            else:
+                yield path
+
+
+def stamp_of(path: str | Path) -> str | None:
     """What changes when a file is replaced or written to; None where it does not exist."""
     try:
-        state = path.stat()
+        state = os.stat(path)
     except OSError:
         return None
     return f"{state.st_ino}:{state.st_size}:{state.st_mtime_ns}"

@@ -340,7 +340,7 @@ SELECT DISTINCT artifact_id, 'rollout', NULL, prompt_id, artifact_id FROM rollou
 -- From a row to every model that learned from it: those trained on the row, on pairs on its prompt or on rollouts on its
 -- prompt (depth 0), and those made from such a model (through_artifact_id is then the nearest one).
 CREATE OR REPLACE VIEW learned_from AS
-WITH touched AS (
+WITH touched AS NOT MATERIALIZED (
     SELECT training.row_id, training.prompt_id, training.kind, training.artifact_id
     FROM training_rows AS training WHERE training.kind <> 'rollout'
     UNION
