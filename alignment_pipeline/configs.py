@@ -237,8 +237,8 @@ class RewardClassifierConfig(StageConfig):
     license: str | None = Field(
         None,
         min_length=1,
-        description="Licence of a given classifier, or of the labelled text, an identifier such as mit, for model cards; "
-        "null: not stated.",
+        description="Licence of a given classifier, or of the labelled text, an identifier such as mit, for model "
+        "cards; null: not stated.",
         json_schema_extra=UNKEYED,
     )
 
