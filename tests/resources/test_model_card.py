@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,14 @@ def test_results_have_their_judge_their_prompts_and_their_intervals(smoke_home: 
     assert "answered 24 test prompts" in text and "The judge (gold score) is a rule" in text
     wins = f"| {row['win_rate']:.3f} | {row['win_rate_low']:.3f} to {row['win_rate_high']:.3f} |"
     assert f"| Win rate against `sft_model`, ties counted half {wins}" in text
-    low, high = (row["judge_score"] + sign * 1.96 * row["judge_score_se"] for sign in (-1, 1))
-    assert f"| Judge's score | {row['judge_score']:.3f} | {low:.3f} to {high:.3f} |" in text
+    assert f"| Judge's score | {row['judge_score']:.3f} |" in text
+    current = RunRecords(smoke_home).current("smoke")
+    answers = read_jsonl(ArtifactStore(smoke_home).path(current["ppo_evaluation"]) / "examples.jsonl")
+    tokens = [answer["tokens"] for answer in answers]
+    half = 1.96 * statistics.stdev(tokens) / len(tokens) ** 0.5
+    low, high = row["mean_tokens"] - half, row["mean_tokens"] + half
+    assert high - low > 1
+    assert f"| Length of a response, tokens | {row['mean_tokens']:.1f} | {low:.1f} to {high:.1f} |" in text
     assert f"| BLEU against the dataset's answers | {row['bleu']:.1f} | none |" in text
 
 
