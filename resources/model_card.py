@@ -174,8 +174,8 @@ def _results(record: PolicyRecord) -> str:
         for _, title, metric, decimals in _metric_rows(record)
     ]
     return (
-        f"The policy answered {measured.prompts} test prompts, which no stage was trained on, once each, {how}, with "
-        f"at most {config['max_new_tokens']} tokens. The judge ({measured.judge_title}) is "
+        f"The policy answered {measured.prompts} test prompts, which no stage of the recipe was trained on, once each, {how}, "
+        f"with at most {config['max_new_tokens']} tokens. The judge ({measured.judge_title}) is "
         f"{_JUDGES[config['judge']]}.\n\n"
         + _table(("measure", "value", "95% interval"), rows)
         + "\n\nIntervals of rates are Wilson's, those of means are 1.96 standard errors over the prompts to either "
@@ -187,7 +187,7 @@ def _limitations(record: PolicyRecord) -> str:
     failed = [check for check in record.checks if not check.passed]
     lines = [_sentence(check) for check in failed]
     if not failed:
-        lines.append(f"All {len(record.checks)} checks of the artifacts behind this policy hold.")
+        lines.append(f"All checks of the artifacts behind this policy hold ({len(record.checks)} of them).")
     if record.measured:
         config = record.measured.evaluation.manifest["config"]
         lines.append(
