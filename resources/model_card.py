@@ -174,8 +174,8 @@ def _results(record: PolicyRecord) -> str:
         for _, title, metric, decimals in _metric_rows(record)
     ]
     return (
-        f"The policy answered {measured.prompts} test prompts, which no stage of the recipe was trained on, once each, {how}, "
-        f"with at most {config['max_new_tokens']} tokens. The judge ({measured.judge_title}) is "
+        f"The policy answered {measured.prompts} test prompts, which no stage of the recipe was trained on, once each, "
+        f"{how}, with at most {config['max_new_tokens']} tokens. The judge ({measured.judge_title}) is "
         f"{_JUDGES[config['judge']]}.\n\n"
         + _table(("measure", "value", "95% interval"), rows)
         + "\n\nIntervals of rates are Wilson's, those of means are 1.96 standard errors over the prompts to either "
