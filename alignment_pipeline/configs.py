@@ -67,6 +67,12 @@ class DataConfig(StageConfig):
     )
     validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts held out while training.")
     test_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts used by evaluations only.")
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description="Licence of the data, an identifier such as cc-by-nc-4.0, for model cards; null: not stated.",
+        json_schema_extra=UNKEYED,
+    )
 
     def keyed_values(self) -> dict[str, Any]:
         """As for every stage; a hub name that a file wins over is left out."""
@@ -96,6 +102,12 @@ class BaseModelConfig(StageConfig):
         ge=1,
         le=4,
         description="Times each pretraining document stands in a row; with 2 a small model soon learns to copy.",
+    )
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description="Licence of a given model, an identifier such as apache-2.0, for model cards; null: not stated.",
+        json_schema_extra=UNKEYED,
     )
 
     def keyed_values(self) -> dict[str, Any]:
@@ -221,6 +233,13 @@ class RewardClassifierConfig(StageConfig):
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay.")
     checkpoint_every_s: float = Field(
         30.0, gt=0, description="Seconds between checkpoints in the work folder.", json_schema_extra=UNKEYED
+    )
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description="Licence of a given classifier, or of the labelled text, an identifier such as mit, for model "
+        "cards; null: not stated.",
+        json_schema_extra=UNKEYED,
     )
 
     def keyed_values(self) -> dict[str, Any]:

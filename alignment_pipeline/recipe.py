@@ -16,7 +16,7 @@ from alignment_pipeline import configs
 from alignment_pipeline.errors import RecipeError
 
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
-_PATH_KEYS = ("path", "train_path", "reward_function")
+PATH_KEYS = ("path", "train_path", "reward_function")
 
 
 class Recipe(BaseModel):
@@ -284,13 +284,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {section} is {_kind(inner)}, not a section.")
         place = inner
     place[last] = value
-    if last in _PATH_KEYS and isinstance(value, str):
+    if last in PATH_KEYS and isinstance(value, str):
         place[last] = str(Path(value).expanduser().resolve())
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     for values in raw.values():
-        for key in _PATH_KEYS:
+        for key in PATH_KEYS:
             if isinstance(values, dict) and isinstance(values.get(key), str):
                 values[key] = str((folder / Path(values[key]).expanduser()).resolve())
 

@@ -1,4 +1,4 @@
-"""`align`: run a recipe, list recipes, show results, chat with a policy, check the algorithms, open the web UI.
+"""`align`: run recipes, show results, chat with a policy, hand it on, check the algorithms, open the web UI.
 
 Heavy imports happen inside commands, so that `align --help` and mistakes answer at once.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +39,7 @@ _errors = Console(stderr=True)
 INTERRUPTED_EXIT_CODE = 130
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe; `align recipes` lists them.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+PolicyArgument = Annotated[str, typer.Argument(help="base_model, sft_model, dpo_policy or ppo_policy.")]
 RunOption = Annotated[str | None, typer.Option("--run", help="A run's id; the current artifacts if left out.")]
 
 
@@ -105,7 +107,7 @@ def results(
 @app.command()
 def chat(
     recipe: RecipeArgument,
-    policy: Annotated[str, typer.Argument(help="base_model, sft_model, dpo_policy or ppo_policy.")],
+    policy: PolicyArgument,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, tokens.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
@@ -115,6 +117,29 @@ def chat(
 
     use_dagster_instance(alignment_home())
     chat_with(_console, find_recipe(recipe), policy, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def card(recipe: RecipeArgument, policy: PolicyArgument, run_id: RunOption = None) -> None:
+    """Print a policy's model card, made from its lineage."""
+    from app.export import card_of
+
+    typer.echo(card_of(recipe, policy, run_id), nl=False)
+
+
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    policy: PolicyArgument,
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it has to be new or empty.")],
+    run_id: RunOption = None,
+) -> None:
+    """Write a policy to a folder that transformers loads, with its model card."""
+    from app.export import export_policy
+
+    use_dagster_instance(alignment_home())
+    export_policy(recipe, policy, run_id, folder)
+    _console.print(f"{policy} of {recipe} is in {folder}; its README.md is the model card.", highlight=False)
 
 
 @app.command()

@@ -1,8 +1,11 @@
 """`ppo_policy`: the trunk trained by proximal policy optimization against a reward. The method is in `ppo.trainer`.
 
-Beside the policy, `extras/` gets a table of sampled responses over the training, and a plot of score against KL.
+Beside the policy, `extras/` gets every response that was sampled (`rollouts.jsonl`: update, prompt_id, prompt,
+response, score, kl_nats, tokens, ended), a few of them over the training (`samples.jsonl`), and a plot of score against
+KL.
 """
 
+import shutil
 from typing import Any
 
 import torch
@@ -26,7 +29,8 @@ from alignment_pipeline.models import (
 from alignment_pipeline.pacing import Pacer
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.ppo.processes import Processes
-from alignment_pipeline.ppo.rollout import Prompt, Rollout, ScoreFunction
+from alignment_pipeline.ppo.rollout import Prompt, ScoreFunction
+from alignment_pipeline.ppo.rollout_table import RolloutTable
 from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.scorers import ClassifierReward, FunctionScorer, RewardModelScorer, SharedTrunkScorer
@@ -34,10 +38,6 @@ from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 
 NON_FINITE_FILE = "non_finite_rows.json"
-_TABLES = 10  # updates whose first responses are kept
-_ROWS_A_TABLE = 4
-
-State = dict[str, Any]
 
 
 def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
@@ -52,24 +52,30 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
     torch.manual_seed(spec.seed)
     policy, score = _policy_and_score(spec, tokenizer, processes.device)
     trainer = PpoTrainer(policy, score, tokenizer, _prompts(spec, tokenizer), config, spec.seed, processes)
-    history, samples = _resume(spec, trainer, log)
+    history = _resume(spec, trainer, log)
     processes.require_same("updates done", trainer.updates_done)
+    table = RolloutTable(spec.work_dir, config.rollout_batch_size)
+    if processes.is_main:
+        table.cut(trainer.updates_done)
     pacer = Pacer(config.checkpoint_every_s)
     for number in range(trainer.updates_done, config.updates):
         metrics = _update(spec, trainer, log)
         history.append([metrics["objective/score"], metrics["objective/kl"]])
-        if number in _tabled(config.updates) and trainer.rollout is not None:
-            samples.extend(_sample_rows(number + 1, trainer.rollout))
+        if processes.is_main and trainer.rollout is not None:
+            table.append(number + 1, trainer.rollout)
         log.step("ppo", number + 1, config.updates, metrics)
         if processes.is_main and pacer.is_due() and number + 1 < config.updates:
-            state = {"trainer": trainer.state(), "history": history, "samples": samples}
+            table.make_durable()
+            state = {"trainer": trainer.state(), "history": history}
             checkpoint.save_state(spec.work_dir, number + 1, state)
     del trainer  # the optimizer's memory, before models are read back
     checks: tuple[StageCheck, ...] = ()
     if processes.is_main:
         save_trained(policy.model, tokenizer, spec.output_dir)
-        write_jsonl(spec.output_dir / "extras" / "samples.jsonl", samples)
-        plots.score_against_kl(spec.output_dir / "extras" / "score_kl.png", history)
+        extras = spec.output_dir / "extras"
+        write_jsonl(extras / "samples.jsonl", table.samples(config.updates))
+        shutil.copyfile(table.path, extras / table.path.name)  # stays in the work folder too, until all is published
+        plots.score_against_kl(extras / "score_kl.png", history)
         checks = (_saved_is_trained(spec, policy),)
     processes.wait()
     last = history[-max(1, len(history) // 10) :]
@@ -131,27 +137,6 @@ def _update(spec: StageSpec[PpoConfig], trainer: PpoTrainer, log: ProgressLog) -
         ) from error
 
 
-def _tabled(updates: int) -> set[int]:
-    """Evenly spaced updates, the first and the last among them, whose responses are kept."""
-    return {round(number * (updates - 1) / max(1, _TABLES - 1)) for number in range(_TABLES)}
-
-
-def _sample_rows(update: int, rollout: Rollout) -> list[State]:
-    return [
-        {
-            "update": update,
-            "prompt_id": rollout.prompts[row].row_id,
-            "prompt": rollout.prompts[row].text,
-            "response": rollout.responses[row].text,
-            "score": rollout.scores[row].item(),
-            "kl_nats": rollout.kl_nats[row].item(),
-            "tokens": len(rollout.responses[row].token_ids),
-            "ended": rollout.responses[row].ended,
-        }
-        for row in range(min(_ROWS_A_TABLE, len(rollout.responses)))
-    ]
-
-
 def _saved_is_trained(spec: StageSpec[PpoConfig], policy: PolicyWithValue) -> StageCheck:
     """What was written is what was trained, and not what training started from: by hashes of all weights."""
     trunk = spec.inputs["trunk"]
@@ -166,12 +151,12 @@ def _saved_is_trained(spec: StageSpec[PpoConfig], policy: PolicyWithValue) -> St
     )
 
 
-def _resume(spec: StageSpec[PpoConfig], trainer: PpoTrainer, log: ProgressLog) -> tuple[list[list[float]], list[State]]:
-    """Scores and KLs of the updates done and their sample rows; the trainer as it was then."""
+def _resume(spec: StageSpec[PpoConfig], trainer: PpoTrainer, log: ProgressLog) -> list[list[float]]:
+    """Scores and KLs of the updates done; the trainer as it was then."""
     state = checkpoint.load_state(spec.work_dir, spec.device)
     if state is None:
-        return [], []
+        return []
     trainer.load_state(state["trainer"])
-    history, samples = state["history"], state["samples"]
+    history: list[list[float]] = state["history"]
     log.note(f"Resuming after update {trainer.updates_done} of {spec.config.updates}.")
-    return history, samples
+    return history

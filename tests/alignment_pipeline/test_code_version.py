@@ -81,8 +81,8 @@ def test_editing_what_python_does_not_run_changes_no_version(copy: Copy, module:
 
 def test_a_docstring_that_is_added_or_removed_changes_no_version(copy: Copy) -> None:
     copy.edit("stages/ppo_policy.py", "    rows = read_jsonl(", '    """The prompts."""\n    rows = read_jsonl(')
-    seen = '    """Evenly spaced updates, the first and the last among them, whose responses are kept."""\n'
-    copy.edit("stages/ppo_policy.py", seen, "")
+    seen = '    """Evenly spaced updates (from 0), the first and the last among them."""\n'
+    copy.edit("ppo/rollout_table.py", seen, "")
     assert copy.changed() == set()
 
 

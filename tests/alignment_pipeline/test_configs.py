@@ -1,4 +1,5 @@
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def test_what_cannot_change_a_result_is_left_out_of_the_key() -> None:
     for config in (SftConfig, PpoConfig):
         assert config(checkpoint_every_s=1).keyed_values() == config(checkpoint_every_s=99).keyed_values()
         assert config(learning_rate=1e-3).keyed_values() != config(learning_rate=2e-3).keyed_values()
+    for values in ({}, {"path": "a"}, {"hub_name": "a/b"}):
+        for licensed in (DataConfig, BaseModelConfig, partial(RewardClassifierConfig, label="A")):
+            assert licensed(**values, license="mit").keyed_values() == licensed(**values).keyed_values()
 
 
 def test_an_input_file_counts_by_its_content_and_not_by_its_path() -> None:

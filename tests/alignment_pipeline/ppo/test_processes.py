@@ -107,7 +107,8 @@ def test_two_processes_train_the_policy_of_one_and_only_the_main_one_writes(
             start = load_file(trunk / "model" / "model.safetensors")
             assert max((expected[key] - start[key]).abs().max().item() for key in start) > 1e-3
 
-        tables = [read_jsonl(folder / "output" / "extras" / "samples.jsonl") for folder in (main, alone)]
+        tables = [read_jsonl(folder / "output" / "extras" / "rollouts.jsonl") for folder in (main, alone)]
+        assert len(tables[0]) == 3 * 8  # the main process records what the other one sampled, too
         for two, one in zip(*tables, strict=True):
             assert {key: two[key] for key in ("update", "prompt_id", "response", "tokens", "ended")} == {
                 key: one[key] for key in ("update", "prompt_id", "response", "tokens", "ended")

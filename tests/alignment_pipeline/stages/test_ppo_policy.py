@@ -1,4 +1,3 @@
-import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -244,24 +243,31 @@ class TestTheSavedPolicyIsTheTrainedOne:
         assert [(check.name, check.passed) for check in checks] == [("saved_policy_is_the_trained_one", True)]
 
 
-def test_a_table_of_responses_over_the_training_is_kept(toy: Toy) -> None:
+def test_every_response_is_recorded_and_the_samples_are_some_of_them(toy: Toy) -> None:
     toy.train(**SHORT | {"updates": 3})
-    rows = read_jsonl(toy.folder / "output" / "extras" / "samples.jsonl")
-    assert [row["update"] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4
+    rollouts, samples = (
+        read_jsonl(toy.folder / "output" / "extras" / name) for name in ("rollouts.jsonl", "samples.jsonl")
+    )
+    assert [row["update"] for row in rollouts] == [1] * 8 + [2] * 8 + [3] * 8
+    assert samples == [*rollouts[0:4], *rollouts[8:12], *rollouts[16:20]]
     names = {"update", "prompt_id", "prompt", "response", "score", "kl_nats", "tokens", "ended"}
-    assert all(set(row) == names for row in rows)
-    assert all(row["prompt_id"] == f"id {row['prompt'].removesuffix(':')}" for row in rows)
-    assert {row["kl_nats"] for row in rows[:4]} == {0.0}
+    assert all(set(row) == names for row in rollouts)
+    assert all(row["prompt_id"] == f"id {row['prompt'].removesuffix(':')}" for row in rollouts)
+    assert {row["kl_nats"] for row in rollouts[:8]} == {0.0}
+    history = toy.history()
+    for name, column in ("objective/score", "score"), ("objective/kl", "kl_nats"):
+        means = [statistics.fmean(row[column] for row in rollouts[start : start + 8]) for start in (0, 8, 16)]
+        assert history[name] == pytest.approx(means, abs=1e-5)  # float32 means of numbers of size 1
     assert (toy.folder / "output" / "extras" / "score_kl.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("updates", [1, 2, 9, 10, 11, 1000])
-def test_updates_with_a_table_are_spread_from_the_first_to_the_last(updates: int) -> None:
-    tabled = sorted(ppo_policy._tabled(updates))
-    assert (tabled[0], tabled[-1]) == (0, updates - 1)
-    assert len(tabled) == min(10, updates)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(tabled)]
-    assert max(gaps, default=1) - min(gaps, default=1) <= 1
+def test_rollouts_are_to_training_prompts_of_the_dataset(smoke: Any) -> None:
+    rollouts = read_jsonl(smoke.artifact("ppo_policy") / "extras" / "rollouts.jsonl")
+    config = smoke.config("ppo_policy")
+    assert len(rollouts) == config.updates * config.rollout_batch_size
+    rows = read_jsonl(smoke.artifact("formatted_dataset") / "train.jsonl")
+    prompts = {row["prompt_id"]: row["prompt"] for row in rows}
+    assert all(prompts[row["prompt_id"]] == row["prompt"] for row in rollouts)
 
 
 def test_the_reported_score_and_kl_are_means_over_the_last_tenth_of_the_updates(toy: Toy) -> None:
