@@ -166,10 +166,21 @@ def content_of(path: Path) -> str:
     return hashlib.sha256(repr(rows).encode("utf-8")).hexdigest()
 
 
-def sync_once(home: Path, names: list[str]) -> None:
+def publish_and_sync(home: Path, names: list[str]) -> None:
     for name in names:
-        add_artifact(home, "sft_model", name)
-        Lineage(home, timeout_s=60).sync()
+        lines = [step("train", number, loss=float(number)) for number in range(10)]
+        path = add_artifact(home, "sft_model", name, tables={"extras/progress.jsonl": lines})
+        Lineage(home, timeout_s=60).sync(only=[f"artifacts/{path}/manifest.json"])
+
+
+def count_until(home: Path, done: Any, counts: Any) -> None:
+    """Counts artifacts with all their metrics until told to stop, and once after that."""
+    found, last = [], False
+    while not last:
+        last = done.is_set()
+        whole = "SELECT count(*) AS n FROM (SELECT artifact_id FROM metrics GROUP BY 1 HAVING count(*) = 10)"
+        found.append(Lineage(home, timeout_s=60).query(whole)[0]["n"])
+    counts.put(found)
 
 
 @pytest.fixture
@@ -468,18 +479,31 @@ def test_our_own_lock_is_waited_for_within_bounds(home: Path) -> None:
     assert lineage.try_sync() is None
 
 
-def test_four_processes_at_once_lose_nothing(home: Path) -> None:
+def test_eight_writers_and_two_readers_at_once_lose_nothing(home: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    names = [[f"{process}-{number}" for number in range(6)] for process in range(4)]
-    processes = [context.Process(target=sync_once, args=(home, part)) for part in names]
-    for process in processes:
+    names = [[f"{process}-{number}" for number in range(5)] for process in range(8)]
+    Lineage(home).sync()
+    done = context.Event()
+    counts = context.Queue()
+    writers = [context.Process(target=publish_and_sync, args=(home, part)) for part in names]
+    readers = [context.Process(target=count_until, args=(home, done, counts)) for _ in range(2)]
+    for process in (*writers, *readers):
         process.start()
-    for process in processes:
+    for process in writers:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0] * 4
-    with duckdb.connect(str(Lineage(home).path), read_only=True) as connection:
-        keys = {row[0] for row in connection.execute("SELECT key FROM artifacts").fetchall()}
+    done.set()
+    seen = [counts.get(timeout=60) for _ in readers]
+    for process in readers:
+        process.join(60)
+    assert [process.exitcode for process in (*writers, *readers)] == [0] * 10
+    assert all(found == sorted(found) and found[-1] == 40 for found in seen)  # never less than before
+    lineage = Lineage(home)
+    keys = {row["key"] for row in lineage.query("SELECT key FROM artifacts")}
     assert keys == {hash_of(name) for part in names for name in part}
+    assert lineage.query("SELECT count(*) AS n, sum(value) AS total FROM metrics") == [{"n": 400, "total": 1800.0}]
+    grown = lineage.content_sha256()
+    lineage.rebuild()
+    assert lineage.content_sha256() == grown
 
 
 @pytest.mark.usefixtures("pipeline")
