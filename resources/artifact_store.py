@@ -93,7 +93,7 @@ class ArtifactStore:
         What killed processes left behind is removed on the way.
         """
         for left in self.root.glob(".staging-*"):
-            if not _is_alive(int(left.name.split("-")[1])):
+            if not is_alive(int(left.name.split("-")[1])):
                 shutil.rmtree(left, ignore_errors=True)
         staging = self.root / f".staging-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         staging.mkdir(parents=True)
@@ -140,7 +140,8 @@ class ArtifactStore:
         )
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

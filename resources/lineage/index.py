@@ -12,10 +12,12 @@ class and not `dagster_duckdb.DuckDBResource`, which leaves the file locked afte
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import random
 import threading
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import IO, Any
 import duckdb
 
 from alignment_pipeline.errors import AlignmentError, StoreError
+from resources.artifact_store import is_alive
 from resources.lineage import reading, schema
 
 REBUILD_COMMAND = "align lineage rebuild"
@@ -69,6 +72,11 @@ class _Backlog:
     def __bool__(self) -> bool:
         return bool(self.added or self.gone)
 
+    def without(self, paths: Collection[str]) -> "_Backlog":
+        """The rest of it."""
+        added = {path: stamp for path, stamp in self.added.items() if path not in paths}
+        return _Backlog(added, [path for path in self.gone if path not in paths])
+
 
 class Lineage:
     """The index of one home folder. Construction opens nothing; every method opens, works and closes.
@@ -83,6 +91,7 @@ class Lineage:
         self._home = home
         self._lock_path = home / "lineage.duckdb.lock"
         self._gate_path = home / "lineage.duckdb.gate"
+        self._requests = home / "lineage.requests"
         self._timeout_s = timeout_s
 
     def sync(self, only: Collection[str] | None = None) -> int:
@@ -106,7 +115,10 @@ class Lineage:
                     with self._opened(self.path, lock.deadline, read_only=True) as connection:
                         if self._is_complete(connection):
                             return 0
+        request = self._request(only or ())
         with self._locked(exclusive=True) as lock:
+            if request is not None and not request.exists():
+                return 0  # whoever held the lock meanwhile has indexed these files with its own
             return self._catch_up(lock.deadline, only)
 
     def try_sync(self, only: Collection[str] | None = None) -> str | None:
@@ -131,7 +143,7 @@ class Lineage:
             # A foreign holder would write its journal over the new file, so the old one must be free; it may be broken.
             with contextlib.suppress(_BrokenIndexError), self._opened(self.path, lock.deadline, read_only=False):
                 pass
-            return self._build(lock.deadline)
+            return self._catch_up(lock.deadline, None, anew=True)
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
         """Rows of a statement that only reads; the index is caught up first.
@@ -151,13 +163,15 @@ class Lineage:
     def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection for several statements that belong together (see `rows`); the index is caught up first.
 
+        Files that another process is waiting to index just now are left to it.
+
         Raises:
             StoreError: As `query`.
         """
         with self._locked(exclusive=False) as lock:
             if self.path.exists():
                 with self._opened(self.path, lock.deadline, read_only=True) as connection:
-                    if self._is_complete(connection):
+                    if self._is_complete(connection, but_for=self._requested()):
                         yield connection
                         return
         with self._locked(exclusive=True) as lock:
@@ -183,16 +197,49 @@ class Lineage:
                     total.update(repr(batch).encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
-    def _catch_up(self, deadline: float, only: Collection[str] | None) -> int:
+    def _request(self, paths: Collection[str]) -> Path | None:
+        """Leave word of files to index, for whoever writes next: opening the index costs more than adding to it."""
+        if not paths:
+            return None
+        self._requests.mkdir(parents=True, exist_ok=True)
+        request = self._requests / f"{os.getpid()}-{uuid.uuid4().hex}"
+        beside = request.with_name(f".{request.name}")
+        beside.write_text("\n".join(paths), encoding="utf-8")
+        return beside.replace(request)
+
+    def _requested(self) -> set[str]:
+        """Files that living processes are about to index; a query need not wait for what is not finished."""
+        paths: set[str] = set()
+        for request in self._requests.glob("[!.]*"):
+            if is_alive(int(request.name.split("-")[0])):
+                with contextlib.suppress(FileNotFoundError):  # done since it was listed
+                    paths.update(request.read_text(encoding="utf-8").split("\n"))
+        return paths
+
+    def _catch_up(self, deadline: float, only: Collection[str] | None, *, anew: bool = False) -> int:
         """Bring the file up to date, or make it; returns how many artifacts were added."""
+        requests = {path: path.read_text(encoding="utf-8").split("\n") for path in self._requests.glob("[!.]*")}
+        if only is not None:
+            only = {*only, *itertools.chain.from_iterable(requests.values())}
+        added, problems = self._build(deadline) if anew else self._update(deadline, only)
+        for path in requests:
+            path.unlink()
+        if problems:
+            raise _MalformedError(
+                f"{len(problems)} malformed files of the home are not in the lineage index; everything else is. "
+                f"Delete them, and what needs them makes them again. The first: {problems[0]}"
+            )
+        return added
+
+    def _update(self, deadline: float, only: Collection[str] | None) -> tuple[int, list[str]]:
         if self.path.exists():
             with self._opened(self.path, deadline, read_only=False) as connection:
                 if schema.is_current(connection) or schema.migrate(connection):
-                    return _checked(*_index(connection, self._home, self._backlog(connection, only)))
+                    return _index(connection, self._home, self._backlog(connection, only))
         return self._build(deadline)
 
-    def _is_complete(self, connection: duckdb.DuckDBPyConnection) -> bool:
-        return schema.is_current(connection) and not self._backlog(connection, None)
+    def _is_complete(self, connection: duckdb.DuckDBPyConnection, but_for: Collection[str] = ()) -> bool:
+        return schema.is_current(connection) and not self._backlog(connection, None).without(but_for)
 
     def _backlog(self, connection: duckdb.DuckDBPyConnection, only: Collection[str] | None) -> _Backlog:
         """Compare the home with the index."""
@@ -207,7 +254,7 @@ class Lineage:
         added = {path: stamp for path, stamp in present.items() if indexed.get(path) != stamp}
         return _Backlog(added, [path for path in indexed if path in added or path not in present])
 
-    def _build(self, deadline: float) -> int:
+    def _build(self, deadline: float) -> tuple[int, list[str]]:
         """Make the whole index beside its place and rename it in, so that a crash leaves no half-made file."""
         beside = self.path.with_name(f"{self.path.name}.new")
         _delete(beside)
@@ -216,7 +263,7 @@ class Lineage:
             outcome = _index(connection, self._home, _Backlog(reading.sources(self._home), ()))
         _delete(self.path)
         beside.replace(self.path)  # closing has moved DuckDB's journal into the file
-        return _checked(*outcome)
+        return outcome
 
     @contextlib.contextmanager
     def _locked(self, *, exclusive: bool) -> Iterator["_Lock"]:
@@ -372,15 +419,6 @@ def _index(connection: duckdb.DuckDBPyConnection, home: Path, backlog: _Backlog)
         with _transaction(connection):
             reading.sweep(connection)
     return added, problems
-
-
-def _checked(added: int, problems: Sequence[str]) -> int:
-    if problems:
-        raise _MalformedError(
-            f"{len(problems)} malformed files of the home are not in the lineage index; everything else is. "
-            f"Delete them, and what needs them makes them again. The first: {problems[0]}"
-        )
-    return added
 
 
 @contextlib.contextmanager
