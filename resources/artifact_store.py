@@ -51,6 +51,11 @@ def lease_name(stage: str, key: str) -> str:
     return f"{stage}-{key[:_SHORT]}"
 
 
+def parents(manifest: Mapping[str, Any]) -> dict[str, ArtifactRef]:
+    """The artifacts that an artifact was made from, by input name; files from outside the store are left out."""
+    return {name: ArtifactRef(**entry) for name, entry in manifest["inputs"].items() if "stage" in entry}
+
+
 class ArtifactStore:
     """Reads and publishes artifacts below one home folder."""
 
@@ -101,8 +106,7 @@ class ArtifactStore:
             if ref in found:
                 continue
             found[ref] = manifest = self.manifest(ref) if (self.path(ref) / MANIFEST).is_file() else None
-            inputs = manifest["inputs"].values() if manifest else ()
-            pending.extend(ArtifactRef(**entry) for entry in inputs if "stage" in entry)
+            pending.extend(parents(manifest).values() if manifest else ())
         return found
 
     def verify(self, ref: ArtifactRef) -> Path:

@@ -74,6 +74,7 @@ class GarbageCollector:
         self._home = home
         self._store = ArtifactStore(home)
         self._runs = RunRecords(home)
+        self._decided: tuple[Any, _Needed] | None = None
 
     def find(self) -> list[Garbage]:
         """What nothing needs: model files, then work folders, then staging folders.
@@ -152,8 +153,27 @@ class GarbageCollector:
             return _delete_folder(folder)
 
     def _needed(self, own_lease: str = "") -> _Needed:
-        """What must stay now; the lease that the collector itself holds tells of no run."""
-        held = leases.held(self._home) - {own_lease}
+        """What must stay now; the lease that the collector itself holds tells of no run.
+
+        Decided anew where a record has changed since: this is asked for every artifact, while all runs wait.
+        """
+        held = frozenset(leases.held(self._home) - {own_lease})
+        state = (held, self._stamps())
+        if self._decided is None or self._decided[0] != state:
+            self._decided = state, self._decide(held)
+        return self._decided[1]
+
+    def _stamps(self) -> frozenset[tuple[str, int, int, int]]:
+        """The state of every file that says what is needed, without reading it."""
+        found = set()
+        for folder in ("runs", "current", "pins", "releases"):
+            for path in (self._home / folder).glob("*.json*"):
+                with contextlib.suppress(FileNotFoundError):
+                    state = path.stat()
+                    found.add((f"{folder}/{path.name}", state.st_ino, state.st_size, state.st_mtime_ns))
+        return frozenset(found)
+
+    def _decide(self, held: frozenset[str]) -> _Needed:
         held_keys = {name.rpartition("-")[2] for name in held}
         roots = [release.ref for release in Releases(self._home).all()]
         for recipe in self._runs.recipes():
@@ -176,7 +196,7 @@ class GarbageCollector:
                 resumable.update(computing)
         return _Needed(frozenset(self._store.family(roots)), frozenset(resumable), frozenset(held_keys))
 
-    def _may_run(self, record: Mapping[str, Any], held: set[str]) -> bool:
+    def _may_run(self, record: Mapping[str, Any], held: frozenset[str]) -> bool:
         """Whether a run goes on, as far as anybody can tell: a killed one stays recorded as running."""
         if record["status"] != RUNNING:
             return False

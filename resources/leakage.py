@@ -17,7 +17,7 @@ import duckdb
 
 from alignment_pipeline.errors import StoreError
 from alignment_pipeline.stage import StageCheck
-from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.artifact_store import ArtifactRef, ArtifactStore, parents
 
 CHECK = "evaluated_prompts_were_not_trained_on"
 
@@ -42,8 +42,8 @@ def with_leak_check(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     """An artifact's manifest; that of an evaluation made before there was this check gets it now."""
     manifest = store.manifest(ref)
     if ref.stage == "evaluation" and all(check["name"] != CHECK for check in manifest["checks"]):
-        inputs = {name: ArtifactRef(**entry) for name, entry in manifest["inputs"].items()}
-        manifest["checks"] = [*manifest["checks"], vars(leak_check(store, inputs, store.path(ref)))]
+        check = leak_check(store, parents(manifest), store.path(ref))
+        manifest["checks"] = [*manifest["checks"], vars(check)]
     return manifest
 
 
