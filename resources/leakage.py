@@ -72,7 +72,7 @@ def leak_check(store: ArtifactStore, inputs: Mapping[str, ArtifactRef], evaluati
         ).fetchall()
     if not leaks:
         detail = (
-            f"{evaluated} evaluated prompts; none is among the {compared} training prompts of {len(tables)} tables."
+            f"{evaluated} evaluated prompts; none is among the {compared} training prompts of {len(tables)} ancestors."
         )
         return StageCheck(CHECK, passed=True, detail=detail, blocking=True)
     prompts = sorted({prompt_id for _, prompt_id in leaks})

@@ -78,9 +78,9 @@ def held(home: Path) -> set[str]:
 def _acquire(descriptor: int, record: Path, on_wait: Callable[[str], None]) -> None:
     said = False
     while not _locked(descriptor, fcntl.LOCK_EX):
-        if not said:
-            pid = _read(record)["pid"]  # none yet where the holder has only just come
-            on_wait(f"Waiting for {f'process {pid}' if pid else 'another process'}, which computes the same.")
+        # A holder that has only just come is not named yet; it is at the next look.
+        if not said and (pid := _read(record)["pid"]):
+            on_wait(f"Waiting for process {pid}, which computes the same.")
             said = True
         time.sleep(_POLL_S)
 

@@ -60,7 +60,7 @@ def test_prompts_of_other_splits_are_no_leak_and_what_was_compared_is_counted(
 ) -> None:
     check = leak_check(store, family(store), evaluation(tmp_path))
     assert (check.name, check.passed, check.blocking) == (CHECK, True, True)
-    assert check.detail == "2 evaluated prompts; none is among the 1 training prompts of 3 tables."
+    assert check.detail == "2 evaluated prompts; none is among the 1 training prompts of 3 ancestors."
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_dataset_that_no_model_has_seen_is_no_leak(store: ArtifactStore, tmp_p
     inputs = family(store, train="e1")
     given = publish(store, "base_model", "f", {})
     check = leak_check(store, {"dataset": inputs["dataset"], "policy": given, "trunk": given}, evaluation(tmp_path))
-    assert check.passed and check.detail.endswith("none is among the 0 training prompts of 0 tables.")
+    assert check.passed and check.detail.endswith("none is among the 0 training prompts of 0 ancestors.")
 
 
 @pytest.mark.parametrize("damage", ["missing", "malformed"])
@@ -124,6 +124,6 @@ def test_a_true_run_compares_every_training_prompt(smoke_home: Path) -> None:
         (check,) = [check for check in manifest["checks"] if check["name"] == CHECK]
         assert check["passed"] and check["blocking"]
         assert re.fullmatch(
-            rf"24 evaluated prompts; none is among the {len(trained_on)} training prompts of 3 tables\.",
+            rf"24 evaluated prompts; none is among the {len(trained_on)} training prompts of 3 ancestors\.",
             check["detail"],
         )
