@@ -19,6 +19,8 @@ EXTRAS = "extras"
 """Folder of an artifact that its data version leaves out: plots, progress logs, model cards."""
 
 MANIFEST = "manifest.json"
+COLLECTED = "collected.json"
+"""Beside a manifest: which of its files `align gc` has deleted. No part of the artifact."""
 
 # Keys that libraries write into model and tokenizer configs and that do not change what the model computes.
 _INCIDENTAL_CONFIG_KEYS = frozenset(
@@ -83,13 +85,14 @@ def payload_files(directory: Path) -> list[Path]:
     return [
         path
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.relative_to(directory).parts[0] not in (EXTRAS, MANIFEST)
+        if path.is_file() and path.relative_to(directory).parts[0] not in (EXTRAS, MANIFEST, COLLECTED)
     ]
 
 
 def all_files(directory: Path) -> list[Path]:
-    """Every file of an artifact but its manifest, in a fixed order."""
-    return [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
+    """Every file of an artifact but its manifest and what `align gc` wrote beside it, in a fixed order."""
+    beside = (directory / MANIFEST, directory / COLLECTED)
+    return [path for path in sorted(directory.rglob("*")) if path.is_file() and path not in beside]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

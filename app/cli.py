@@ -105,6 +105,40 @@ def results(
 
 
 @app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+) -> None:
+    """Delete model bytes and work folders that no pinned run, release, running run or current asset needs."""
+    from app.garbage import collect_garbage
+
+    collect_garbage(_console, alignment_home(), dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def pin(
+    run_id: Annotated[
+        str | None, typer.Argument(help="A run's id or its beginning; lists the pins if left out.")
+    ] = None,
+) -> None:
+    """Keep a run's models and checkpoints from `align gc`."""
+    from app.garbage import list_pins, pin_run
+
+    if run_id is None:
+        list_pins(_console, alignment_home())
+    else:
+        pin_run(_console, alignment_home(), run_id)
+
+
+@app.command()
+def unpin(run_id: Annotated[str, typer.Argument(help="A pinned run's id or its beginning.")]) -> None:
+    """Give a pinned run's models and checkpoints up to `align gc` again."""
+    from app.garbage import unpin_run
+
+    unpin_run(_console, alignment_home(), run_id)
+
+
+@app.command()
 def chat(
     recipe: RecipeArgument,
     policy: PolicyArgument,

@@ -21,6 +21,7 @@ from assets.stage_asset import OVERRIDES_TAG, RECIPE_TAG, RECORD_TAG, STARTED_BY
 from resources.artifact_store import ArtifactStore
 from resources.dagster_resources import require_executor, tracker_of
 from resources.home import alignment_home, prepare_home, use_dagster_instance
+from resources.leakage import with_leak_check
 from resources.runs import INTERRUPTED, RunRecords
 from resources.tracking import Tracking
 
@@ -97,7 +98,7 @@ def _failed_blocking_checks(home: Path, runs: RunRecords, run_id: str) -> Iterat
     """Why what is downstream of a run's assets was not made, one sentence a check."""
     store = ArtifactStore(home)
     for asset, ref in runs.of_run(run_id).items():
-        for check in store.manifest(ref)["checks"]:
+        for check in with_leak_check(store, ref)["checks"]:
             if check["blocking"] and not check["passed"]:
                 yield f"Error in {asset}: {check['name']} does not hold, nothing downstream was made: {check['detail']}"
 

@@ -1,4 +1,5 @@
-"""Which propositions each asset is checked for. They are decided in the library, beside the numbers they are about.
+"""Which propositions each asset is checked for. They are decided in the library, beside the numbers they are about, or
+where they are about other artifacts too, in `resources.leakage`.
 
 Leakage and empty outputs block what is downstream; the rest warns and shows.
 """
@@ -32,7 +33,14 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
             "What was written is what was trained, and not the trunk.",
         ),
     ),
-    "evaluation": (("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),),
+    "evaluation": (
+        ("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),
+        (
+            "evaluated_prompts_were_not_trained_on",
+            _BLOCKING,
+            "Nothing that the policy, its trunk or its reward comes from learned from an evaluated prompt.",
+        ),
+    ),
 }
 
 _TRAINED_CLASSIFIER_CHECKS = (

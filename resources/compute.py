@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from alignment_pipeline.plots import training_curves
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec, stage_function
 from resources import leases
-from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.artifact_store import ArtifactRef, ArtifactStore, lease_name
 from resources.consistency import require_one_lineage
 from resources.feedback import FeedbackInbox
 from resources.home import REPOSITORY
+from resources.leakage import leak_check, with_leak_check
 from resources.lineage.index import Lineage
 from resources.runs import FAILED, INTERRUPTED, RunRecords
 from resources.tracking import Tracking
@@ -90,7 +91,7 @@ class Compute:
         self.runs.event(request.run_id, "started", asset=node.asset)
         started = time.monotonic()
         try:
-            outcome = self._find_or_compute(request)
+            outcome, ended = self._make(request)
         except BaseException as error:
             problem = _as_user_error(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
@@ -101,10 +102,6 @@ class Compute:
             if problem is not None and problem is not error:
                 raise problem from error
             raise
-        usable = all(check["passed"] or not check["blocking"] for check in outcome.manifest["checks"])
-        ended = self.runs.record_asset(
-            request.run_id, request.recipe, node.asset, outcome.ref, reused=outcome.reused, usable=usable
-        )
         warning = self.lineage.try_sync() if ended or not outcome.reused else None
         if warning:
             self.runs.event(request.run_id, "note", asset=node.asset, text=warning)
@@ -125,6 +122,18 @@ class Compute:
         return self.tracking.link(
             _tracking_id(node, outcome.ref.key), 0.0 if outcome.reused else _TRACKING_FOLDER_WAIT_S
         )
+
+    def _make(self, request: Request) -> tuple[Outcome, bool]:
+        """Find or compute an artifact and record it; also whether that ended the run."""
+        while True:
+            outcome = self._find_or_compute(request)
+            usable = all(check["passed"] or not check["blocking"] for check in outcome.manifest["checks"])
+            ended = self.runs.record_asset(
+                request.run_id, request.recipe, request.node.asset, outcome.ref, reused=outcome.reused, usable=usable
+            )
+            # Garbage collection keeps what is recorded; what it took away before that is computed anew.
+            if self.store.is_whole(outcome.ref):
+                return outcome, ended
 
     def _find_or_compute(self, request: Request) -> Outcome:
         node = request.node
@@ -150,16 +159,16 @@ class Compute:
         reasons = self._why(request, description)
         with leases.hold(
             self.home,
-            f"{node.stage}-{key[:20]}",
+            lease_name(node.stage, key),
             on_wait=lambda text: self.runs.event(request.run_id, "note", asset=node.asset, text=text),
         ) as lease:
             if found := self.store.find(node.stage, key):
                 return self._reuse(found)
             ref = self._compute(request, key, by_name, description, lease)
-        return Outcome(ref, self.store.path(ref), self.store.manifest(ref), False, reasons)
+        return Outcome(ref, self.store.path(ref), with_leak_check(self.store, ref), False, reasons)
 
     def _reuse(self, ref: ArtifactRef) -> Outcome:
-        return Outcome(ref, self.store.path(ref), self.store.manifest(ref), True, ())
+        return Outcome(ref, self.store.path(ref), with_leak_check(self.store, ref), True, ())
 
     def _compute(
         self,
@@ -174,7 +183,8 @@ class Compute:
         work.mkdir(parents=True, exist_ok=True)
         staging = self.store.new_staging()
         log = ProgressLog(work / "progress.jsonl")
-        self.runs.event(request.run_id, "computing", asset=request.node.asset, log=str(log.path))
+        parents = [ref.as_dict() for ref in inputs.values()]
+        self.runs.event(request.run_id, "computing", asset=request.node.asset, log=str(log.path), inputs=parents)
         tracked = self._follow(request, key, description, log)
         started = time.monotonic()
         exit_code = 1
@@ -183,6 +193,8 @@ class Compute:
             folders = {name: self.store.verify(ref) for name, ref in inputs.items()} | dict(request.files)
             spec = StageSpec(request.config, folders, staging, work, request.seed, self.device)
             result = stage_function(stage)(spec, log)
+            if stage == "evaluation":
+                result = replace(result, checks=(*result.checks, leak_check(self.store, inputs, staging)))
             log.close()
             (staging / EXTRAS).mkdir(exist_ok=True)
             training_curves(staging / EXTRAS / "curves.png", log.path)

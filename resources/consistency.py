@@ -7,7 +7,7 @@ policy to one SFT model and the reward model to another, the result would be a n
 from collections.abc import Mapping
 
 from alignment_pipeline.errors import StoreError
-from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.artifact_store import ArtifactRef, ArtifactStore, parents
 
 _ONE_A_POLICY = frozenset({"evaluation"})  # several of them meet in a comparison
 
@@ -40,6 +40,5 @@ def _ancestry(store: ArtifactStore, ref: ArtifactRef) -> dict[str, str]:
             continue
         if current.stage not in _ONE_A_POLICY:
             found[current.stage] = current.data_version
-        entries = store.manifest(current)["inputs"].values()
-        pending.extend(ArtifactRef(**entry) for entry in entries if "stage" in entry)
+        pending.extend(parents(store.manifest(current)).values())
     return found

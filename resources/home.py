@@ -1,8 +1,9 @@
 """`ALIGNMENT_HOME`: the one folder that holds everything the product writes.
 
-artifacts/  immutable results     work/   checkpoints       runs/      run records and their events
-current/    what is current       leases/ who computes what feedback/  people's preferences
-wandb/      offline W&B runs      dagster/ the Dagster instance        lineage.duckdb  the index
+artifacts/  immutable results     work/     checkpoints           runs/      run records and their events
+current/    what is current       leases/   who computes what     feedback/  people's preferences
+pins/       runs to keep          releases/ what was released     wandb/     offline W&B runs
+dagster/    the Dagster instance  lineage.duckdb  the index
 """
 
 import os

@@ -53,18 +53,44 @@ def hold(home: Path, name: str, on_wait: Callable[[str], None] = lambda text: No
         yield Lease(record, token)
 
 
+@contextlib.contextmanager
+def hold_if_free(home: Path, name: str) -> Iterator[bool]:
+    """Keep others from the lease `name` without waiting for it; False if it is held.
+
+    For who deletes and does not publish: the token stays, so that it is no successor of anybody.
+    """
+    folder = home / "leases"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("a") as lock:
+        yield _locked(lock.fileno(), fcntl.LOCK_EX)
+
+
+def held(home: Path) -> set[str]:
+    """Names of the leases that living processes hold."""
+    names = set()
+    for path in (home / "leases").glob("*.lock"):
+        with path.open("rb") as lock:
+            if not _locked(lock.fileno(), fcntl.LOCK_SH):
+                names.add(path.stem)
+    return names
+
+
 def _acquire(descriptor: int, record: Path, on_wait: Callable[[str], None]) -> None:
     said = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not said:
-                pid = _read(record)["pid"]  # none yet where the holder has only just come
-                on_wait(f"Waiting for {f'process {pid}' if pid else 'another process'}, which computes the same.")
-                said = True
-            time.sleep(_POLL_S)
+    while not _locked(descriptor, fcntl.LOCK_EX):
+        # A holder that has only just come is not named yet; it is at the next look.
+        if not said and (pid := _read(record)["pid"]):
+            on_wait(f"Waiting for process {pid}, which computes the same.")
+            said = True
+        time.sleep(_POLL_S)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(record: Path) -> dict[str, int]:

@@ -33,7 +33,7 @@ class RunRecords:
         self, run_id: str, recipe: str, started_by: str, planned: Sequence[str], overrides: Sequence[str] = ()
     ) -> None:
         """Record that a run has started and which assets it will make; a second call for it changes nothing."""
-        with self._locked():
+        with self.locked():
             if not self._path(run_id).exists():
                 record: dict[str, Any] = {
                     "run_id": run_id, "recipe": recipe, "overrides": list(overrides), "started_by": started_by,
@@ -44,7 +44,7 @@ class RunRecords:
 
     def finish(self, run_id: str, status: str) -> None:
         """Record how a run ended."""
-        with self._locked():
+        with self.locked():
             record = self.read(run_id)
             atomic.write_json(self._path(run_id), record | {"finished_at": _now(), "status": status})
 
@@ -59,7 +59,7 @@ class RunRecords:
         Returns:
             Whether this ended the run.
         """
-        with self._locked():
+        with self.locked():
             record = self.read(run_id)
             record["assets"][asset] = {**ref.as_dict(), "reused": reused}
             ended = not usable or record["assets"].keys() >= set(record["planned"])
@@ -82,23 +82,33 @@ class RunRecords:
             StoreError: There is no such run.
         """
         try:
-            record: dict[str, Any] = json.loads(self._path(run_id).read_text(encoding="utf-8"))
+            return _read(self._path(run_id))
         except FileNotFoundError:
             raise StoreError(f"There is no run {run_id!r} in {self._runs}.") from None
-        return record
 
     def all(self) -> list[dict[str, Any]]:
         """All run records, oldest first."""
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in self._runs.glob("*.json")]
+        records = [_read(path) for path in self._runs.glob("*.json")]
         return sorted(records, key=lambda record: str(record["started_at"]))
+
+    def matching(self, prefix: str) -> str:
+        """The id of the one run whose id begins so.
+
+        Raises:
+            StoreError: No run's does, or several runs' do; names them.
+        """
+        return only_match(prefix, sorted(record["run_id"] for record in self.all()), "run")
+
+    def recipes(self) -> list[str]:
+        """Names of the recipes that have current artifacts."""
+        return sorted(path.stem for path in self._current.glob("*.json"))
 
     def current(self, recipe: str) -> dict[str, ArtifactRef]:
         """Asset → artifact that is current in a recipe."""
         path = self._current / f"{recipe}.json"
         if not path.exists():
             return {}
-        raw: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
-        return {asset: ArtifactRef(**value) for asset, value in raw.items()}
+        return {asset: ArtifactRef(**value) for asset, value in _read(path).items()}
 
     def of_run(self, run_id: str) -> dict[str, ArtifactRef]:
         """Asset → artifact of one run."""
@@ -127,8 +137,17 @@ class RunRecords:
     def event(self, run_id: str, kind: str, **fields: Any) -> None:
         """Append an event for the live display, one line, at once."""
         line = json.dumps({"event": kind, "time": time.time(), **fields})
-        with (self._runs / f"{run_id}.events.jsonl").open("a", encoding="utf-8") as file:
+        with self.locked(), self.events_path(run_id).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def events(self, run_id: str) -> list[dict[str, Any]]:
+        """A run's events so far, oldest first; a line that is not whole (a crash, a full disk) is left out."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.events_path(run_id).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
 
     def events_path(self, run_id: str) -> Path:
         """Where a run's events are appended."""
@@ -138,11 +157,39 @@ class RunRecords:
         return self._runs / f"{run_id}.json"
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Keep every record, event and `current` file as it is: whoever writes one waits."""
         self._runs.mkdir(parents=True, exist_ok=True)
         with (self._runs / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is not JSON ({error}), expected what a run has written. Mend it, or move it away: what it names "
+            "is then neither shown nor kept, and is computed anew where a run needs it."
+        ) from error
+    return value
+
+
+def only_match(prefix: str, ids: Sequence[str], what: str) -> str:
+    """The one id that begins so; an id that is the prefix itself comes before longer ones.
+
+    Raises:
+        StoreError: There is none, or there are several; names them.
+    """
+    found = [prefix] if prefix in ids else [each for each in ids if each.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+        raise StoreError(f"{len(found)} {what}s begin with {prefix!r}: {shown}. Give more of the id.")
+    shown = f"Expected the beginning of one of: {', '.join(ids[-5:])}." if ids else f"There is no {what} at all."
+    raise StoreError(f"There is no {what} {prefix!r}. {shown}")
 
 
 def _now() -> str:

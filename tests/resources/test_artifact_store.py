@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from alignment_pipeline import atomic
 from alignment_pipeline.errors import StoreError
+from alignment_pipeline.identity import all_files, data_version
 from resources.artifact_store import ArtifactRef, ArtifactStore
 
 KEY = "a" * 64
@@ -89,6 +91,45 @@ def test_a_missing_file_is_seen_and_computing_again_mends_the_artifact(store: Ar
     assert store.find("instructions", KEY) is None
     assert publish(store) == ref
     assert store.verify(ref) == store.path(ref)
+
+
+def with_model(store: ArtifactStore, format: str = "") -> Path:
+    """A staging folder whose model file can differ in bytes and not in meaning."""
+    staging = staged(store)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "__metadata__": {"f": format}})
+    (staging / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"ab")
+    return staging
+
+
+def test_what_garbage_collection_took_is_put_back_under_the_manifest_that_was_there(store: ArtifactStore) -> None:
+    ref = store.publish(with_model(store), "sft_model", KEY, {**REPORT, "created_at": "2026-01-01"})
+    folder = store.path(ref)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    store.mark_collected(ref)
+    store.delete_collected(ref)
+    assert not (folder / "model.safetensors").exists() and (folder / "collected.json").exists()
+    assert store.publish(with_model(store), "sft_model", KEY, {**REPORT, "created_at": "2026-02-02"}) == ref
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert store.find("sft_model", KEY) == ref and store.verify(ref)
+    assert list(store.root.glob(".staging*")) == []
+
+
+def test_the_same_meaning_in_other_bytes_replaces_what_was_collected(store: ArtifactStore) -> None:
+    ref = store.publish(with_model(store), "sft_model", KEY, {**REPORT, "created_at": "2026-01-01"})
+    store.mark_collected(ref)
+    store.delete_collected(ref)
+    again = store.publish(with_model(store, "newer"), "sft_model", KEY, {**REPORT, "created_at": "2026-02-02"})
+    assert again == ref and store.verify(ref)
+    assert store.manifest(ref)["created_at"] == "2026-02-02"
+    assert not (store.path(ref) / "collected.json").exists()
+
+
+def test_the_mark_of_a_collection_is_no_part_of_the_artifact(store: ArtifactStore) -> None:
+    ref = store.publish(with_model(store), "sft_model", KEY, REPORT)
+    files = all_files(store.path(ref))
+    store.mark_collected(ref)
+    assert data_version(store.path(ref)) == ref.data_version
+    assert all_files(store.path(ref)) == files
 
 
 def test_a_folder_without_manifest_is_not_found_and_gives_way(store: ArtifactStore) -> None:

@@ -67,6 +67,23 @@ def test_an_exception_lets_go(tmp_path: Path) -> None:
         assert lease.token == 2
 
 
+def test_who_does_not_wait_is_told_that_it_is_held_and_takes_nobodys_place(tmp_path: Path) -> None:
+    holder = fork.Process(target=hold_for, args=(tmp_path, 60))
+    holder.start()
+    wait_for(tmp_path / "held-1")
+    with leases.hold_if_free(tmp_path, "sft-1") as free:
+        assert not free
+    assert leases.held(tmp_path) == {"sft-1"}
+    assert holder.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert leases.held(tmp_path) == set()
+    with leases.hold_if_free(tmp_path, "sft-1") as free:
+        assert free and leases.held(tmp_path) == {"sft-1"}
+    with leases.hold(tmp_path, "sft-1") as lease:
+        assert lease.token == 2, "only those who compute count"
+
+
 def test_a_stale_token_is_refused(tmp_path: Path) -> None:
     with leases.hold(tmp_path, "sft-1") as lease:
         atomic.write_json(lease.record, {"token": lease.token + 1, "pid": 1})  # a successor on another host
