@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, overload
 
 import typer
 from rich.console import Console
@@ -40,7 +40,9 @@ INTERRUPTED_EXIT_CODE = 130
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe; `align recipes` lists them.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 PolicyArgument = Annotated[str, typer.Argument(help="base_model, sft_model, dpo_policy or ppo_policy.")]
-RunOption = Annotated[str | None, typer.Option("--run", help="A run's id; the current artifacts if left out.")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="A run's id or its beginning; the current artifacts if left out.")
+]
 
 
 @app.command()
@@ -88,6 +90,7 @@ def results(
     from resources.runs import RunRecords
 
     home = alignment_home()
+    run_id = _whole_id(run_id)
     if recipe is not None:
         names = [find_recipe(recipe).name]
     else:
@@ -107,7 +110,7 @@ def results(
 @app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Delete model bytes and work folders that no pinned run, release, running run or current asset needs."""
     from app.garbage import collect_garbage
@@ -158,7 +161,7 @@ def card(recipe: RecipeArgument, policy: PolicyArgument, run_id: RunOption = Non
     """Print a policy's model card, made from its lineage."""
     from app.export import card_of
 
-    typer.echo(card_of(recipe, policy, run_id), nl=False)
+    typer.echo(card_of(recipe, policy, _whole_id(run_id)), nl=False)
 
 
 @app.command()
@@ -172,7 +175,7 @@ def export(
     from app.export import export_policy
 
     use_dagster_instance(alignment_home())
-    export_policy(recipe, policy, run_id, folder)
+    export_policy(recipe, policy, _whole_id(run_id), folder)
     _console.print(f"{policy} of {recipe} is in {folder}; its README.md is the model card.", highlight=False)
 
 
@@ -210,7 +213,7 @@ def why(
     from app.lineage import print_json, print_why
     from resources.lineage.questions import why as ask
 
-    answer = ask(_lineage(), find_recipe(recipe).name, metric, policy, run_id, all_ids)
+    answer = ask(_lineage(), find_recipe(recipe).name, metric, policy, _whole_id(run_id), all_ids)
     (print_json if as_json else print_why)(_console, answer)
 
 
@@ -238,7 +241,7 @@ def diff(
     from app.lineage import print_diff, print_json
     from resources.lineage.questions import diff as ask
 
-    (print_json if as_json else print_diff)(_console, ask(_lineage(), run_a, run_b))
+    (print_json if as_json else print_diff)(_console, ask(_lineage(), _whole_id(run_a), _whole_id(run_b)))
 
 
 @lineage_app.command()
@@ -294,6 +297,21 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+
+
+@overload
+def _whole_id(start: None) -> None: ...
+
+
+@overload
+def _whole_id(start: str) -> str: ...
+
+
+def _whole_id(start: str | None) -> str | None:
+    """The id of the run that begins so."""
+    from resources.runs import RunRecords
+
+    return None if start is None else RunRecords(alignment_home()).matching(start)
 
 
 def _lineage() -> "Lineage":

@@ -42,7 +42,7 @@ def why(
         recipe: Name of the recipe.
         metric: `group/name` (`eval/win_rate`), or the name alone.
         policy: What the number is about; may be left out where only one thing has such a metric.
-        run: Id of a run, or its beginning; what is current if left out.
+        run: Id of a run; what is current if left out.
         all_ids: List every training row's id, not the first few.
 
     Returns:
@@ -55,7 +55,7 @@ def why(
         StoreError: The index cannot be read.
     """
     with lineage.reading() as connection:
-        run_id = find_run(connection, run) if run else CURRENT
+        run_id = run or CURRENT
         number = _number(connection, recipe, metric, policy, run_id)
         examples = _examples(connection, number)
         artifacts = _family(connection, number, examples)
@@ -126,7 +126,7 @@ def diff(lineage: Lineage, run_a: str, run_b: str) -> Answer:
 
     Args:
         lineage: The index.
-        run_a: A run's id, or its beginning.
+        run_a: A run's id.
         run_b: Another's.
 
     Returns:
@@ -139,19 +139,18 @@ def diff(lineage: Lineage, run_a: str, run_b: str) -> Answer:
         StoreError: The index cannot be read.
     """
     with lineage.reading() as connection:
-        a, b = find_run(connection, run_a), find_run(connection, run_b)
         differences = rows(
             connection,
             "SELECT kind, name, value_a AS a, value_b AS b, list(asset ORDER BY asset) FILTER (asset <> '') AS assets "
             "FROM run_differences WHERE run_a = ? AND run_b = ? AND kind NOT IN ('result', 'metric') "
             "GROUP BY ALL ORDER BY ALL",
-            [a, b],
+            [run_a, run_b],
         )
         results = rows(
             connection,
             "SELECT asset, value_a AS a, value_b AS b FROM run_differences "
             "WHERE run_a = ? AND run_b = ? AND kind = 'result' ORDER BY ALL",
-            [a, b],
+            [run_a, run_b],
         )
         metrics = rows(
             connection,
@@ -161,28 +160,18 @@ def diff(lineage: Lineage, run_a: str, run_b: str) -> Answer:
             "one.value AS a, other.value AS b FROM one FULL JOIN other "
             "ON other.policy = one.policy AND other.metric = one.metric "
             "WHERE one.value IS DISTINCT FROM other.value ORDER BY ALL",
-            {"a": a, "b": b},
+            {"a": run_a, "b": run_b},
         )
-        records = [rows(connection, "SELECT * FROM runs WHERE run_id = ?", [run])[0] for run in (a, b)]
+        records = [
+            record
+            for run in (run_a, run_b)
+            for record in rows(connection, "SELECT * FROM runs WHERE run_id = ?", [run])
+        ]
+        if len(records) < 2:
+            raise AlignmentError(f"Expected two runs of this home, found {[record['run_id'] for record in records]}.")
         for record in records:
             record["overrides"] = json.loads(record["overrides"])
         return {"runs": records, "differences": differences, "results": results, "metrics": metrics}
-
-
-def find_run(connection: Connection, start: str) -> str:
-    """The id of the one run that begins so.
-
-    Raises:
-        AlignmentError: There is none, or there are several.
-    """
-    runs = rows(connection, "SELECT run_id, recipe FROM runs ORDER BY started_at DESC")
-    whole = [run for run in runs if run["run_id"] == start]
-    found = whole or [run for run in runs if run["run_id"].startswith(start)]
-    if len(found) != 1:
-        listed = ", ".join(f"{run['run_id'][:8]} ({run['recipe']})" for run in (found or runs)[:8]) or "none"
-        what = "found several runs that begin so" if found else "found no run that begins so"
-        raise AlignmentError(f"Run {start!r}: {what}, expected one of (latest first): {listed}.")
-    return str(found[0]["run_id"])
 
 
 def _number(connection: Connection, recipe: str, metric: str, policy: str | None, run_id: str) -> Answer:
@@ -192,7 +181,8 @@ def _number(connection: Connection, recipe: str, metric: str, policy: str | None
         [recipe, run_id],
     )
     if not known:
-        raise AlignmentError(f"No number of {recipe} is known yet. Run `align run {recipe}` first.")
+        where = "yet" if run_id == CURRENT else f"in run {run_id}"
+        raise AlignmentError(f"No number of {recipe} is known {where}. Run `align run {recipe}` first.")
     named = [number for number in known if metric in (number["metric"], number["metric"].rpartition("/")[2])]
     if not named:
         metrics = ", ".join(sorted({number["metric"] for number in known}))
