@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from resources.artifact_store import ArtifactStore
+from resources.artifact_store import ArtifactStore, short_id
 from resources.garbage import DELETED, FOUND, Garbage, GarbageCollector
 from resources.pins import Pins
 from resources.runs import RunRecords
@@ -89,7 +89,13 @@ def _table(found: list[Garbage]) -> Table:
     if any(garbage.state != FOUND for garbage in found):
         table.add_column("now", no_wrap=True)
     for garbage in found:
-        cells = [garbage.path, ", ".join(garbage.assets), _size(garbage.size), _date(garbage.last_used), garbage.reason]
+        cells = [
+            _short(garbage.path),
+            ", ".join(garbage.assets),
+            _size(garbage.size),
+            _date(garbage.last_used),
+            garbage.reason,
+        ]
         table.add_row(*cells, *([garbage.state] if garbage.state != FOUND else []))
     return table
 
@@ -112,3 +118,9 @@ def _size(number: int) -> str:
 
 def _date(time: str) -> str:
     return time[:10]
+
+
+def _short(path: str) -> str:
+    """A garbage folder's name, an artifact's without most of its hashes."""
+    below, _, artifact_id = path.partition("/")
+    return short_id(artifact_id) if below == "artifacts" and artifact_id.count("/") == 2 else path

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from resources.artifact_store import short_id
 from resources.lineage.index import Lineage
 
 Answer = dict[str, Any]
@@ -77,7 +78,7 @@ def print_impact(console: Console, answer: Answer) -> None:
             through = sorted({artifact.split("/")[0] for artifact in entry["through"]})
             how = "; ".join(words[kind] for kind in entry["kinds"]) or f"through {', '.join(through)}"
             releases = [_listed(entry["releases"])] if released else []
-            table.add_row(_short(entry["artifact_id"]), how, _listed(entry["assets"]), *releases)
+            table.add_row(short_id(entry["artifact_id"]), how, _listed(entry["assets"]), *releases)
         console.print(table)
         if not released:
             console.print("None of them is released.")
@@ -85,7 +86,9 @@ def print_impact(console: Console, answer: Answer) -> None:
         console.print("No model has learned from it.")
     for title, entries in (("Made from those models", answer["derived"]), ("Asked its prompt", answer["asked"])):
         if entries:
-            names = [_listed(entry["assets"]) if entry["assets"] else _short(entry["artifact_id"]) for entry in entries]
+            names = [
+                _listed(entry["assets"]) if entry["assets"] else short_id(entry["artifact_id"]) for entry in entries
+            ]
             console.print(f"{title}: {', '.join(names)}", highlight=False, markup=False)
 
 
@@ -153,7 +156,7 @@ def _tree(artifacts: Mapping[str, Answer], root: str) -> Tree:
 
 def _origin(artifact_id: str, made: Answer) -> str:
     """Which artifact it is, and what of its making fits in a line."""
-    name = _short(artifact_id).removeprefix(f"{made['asset']}/")
+    name = short_id(artifact_id).removeprefix(f"{made['asset']}/")
     if not made["in_store"]:
         return f"{name}, its folder is gone and only its name is known"
     return f"{name}, seed {made['seed']}, code {made['code_version'][:_HASH]}, {made['created_at']:%Y-%m-%d %H:%M}"
@@ -195,12 +198,6 @@ def _shortened(row: Answer) -> str:
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
 
-def _short(artifact_id: str) -> str:
-    """The beginning of each part of an id, enough to find it: LIKE 'sft_model/ea7b7d2b%'."""
-    stage, key, version = artifact_id.split("/")
-    return f"{stage}/{key[:_HASH]}/{version[:_HASH]}"
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "–"
 
@@ -212,4 +209,6 @@ def _spelled(value: Any) -> str:
 def _value(kind: str, name: str, value: str | None) -> str:
     if value is None:
         return "–"
-    return value[:_HASH] if kind in ("data", "code") or name == "git_commit" else value
+    if name == "git_commit":
+        return value[:_HASH] + "+" * value.endswith("+")
+    return value[:_HASH] if kind in ("data", "code") else value

@@ -20,6 +20,7 @@ from alignment_pipeline.identity import COLLECTED, MANIFEST, all_files, data_ver
 
 MANIFEST_FORMAT = 1
 _SHORT = 20  # hex digits of a hash in a folder's name
+_SHOWN = 8  # the same where people read them
 _MODEL_SUFFIX = ".safetensors"
 
 
@@ -233,6 +234,12 @@ def _put_back(staging: Path, folder: Path) -> bool:
 def _model_files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [file for file in manifest["files"] if file["path"].endswith(_MODEL_SUFFIX)]
     return [{"path": file["path"], "size": file["size"]} for file in found]
+
+
+def short_id(artifact_id: str) -> str:
+    """The beginning of each part of an id, enough to find it: LIKE 'sft_model/ea7b7d2b%'."""
+    stage, key, version = artifact_id.split("/")
+    return f"{stage}/{key[:_SHOWN]}/{version[:_SHOWN]}"
 
 
 def is_alive(pid: int) -> bool:
