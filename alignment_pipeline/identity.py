@@ -25,6 +25,7 @@ _INCIDENTAL_CONFIG_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "name_or_path", "base_model_name_or_path", "peft_version",
      "base_model_class", "parent_library", "revision", "special_tokens_map_file", "torch_dtype", "local_files_only"}
 )  # fmt: skip
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy"})
 
 
@@ -34,7 +35,7 @@ def canonical_json(value: Any) -> str:
     Raises:
         ValueError: `value` holds a NaN or an infinity, which have no place in a configuration or a table.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def digest(value: Any) -> str:
