@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,17 @@ _INCIDENTAL_CONFIG_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "name_or_path", "base_model_name_or_path", "peft_version",
      "base_model_class", "parent_library", "revision", "special_tokens_map_file", "torch_dtype", "local_files_only"}
 )  # fmt: skip
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy"})
 
 
-def canonical_json(value: Any) -> str:
-    """One spelling for each JSON value: sorted keys, no spaces, no NaN, characters unescaped.
+canonical_json: Callable[[Any], str] = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
+"""One spelling for each JSON value: sorted keys, no spaces, no NaN, characters unescaped.
 
-    Raises:
-        ValueError: `value` holds a NaN or an infinity, which have no place in a configuration or a table.
-    """
-    return _CANONICAL.encode(value)
+Raises:
+    ValueError: The value holds a NaN or an infinity, which have no place in a configuration or a table.
+"""
 
 
 def digest(value: Any) -> str:
