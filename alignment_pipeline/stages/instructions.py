@@ -121,6 +121,8 @@ def ingest_instructions(spec: StageSpec[DataConfig], log: ProgressLog) -> StageR
         _require_every_split(written.splits)
         checks = _checks(output_dir, written.rows_in, workers)
 
+    if source["source"] == "file":
+        source["sha256"] = file_sha256(Path(source["path"]))
     write_json(output_dir / "extras" / "source.json", source)
     counts = {"rows_in": written.rows_in, "kept": written.kept, "quarantined": written.quarantined}
     summary = {"source": source["source"], **counts, "by_reason": written.by_reason, "splits": written.splits}
@@ -143,8 +145,7 @@ def _read_source(config: DataConfig, seed: int) -> tuple[Iterator[Chunk], dict[s
         return value_chunks(values), {"source": "world"}
     if config.path is not None:
         path = Path(config.path)
-        sha256 = file_sha256(path) if path.is_file() else None  # reading says what is wrong with it
-        return read_chunks(path), {"source": "file", "path": str(path), "sha256": sha256}
+        return read_chunks(path), {"source": "file", "path": str(path)}
     if config.hub_name is not None:
         chunks, commit = read_hub_chunks(config.hub_name, config.hub_revision, config.hub_split)
         return chunks, {"source": f"hub {config.hub_name}", "commit": commit, "split": config.hub_split}
