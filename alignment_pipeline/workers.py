@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-CHUNKS_DONE_HERE = 8
+CHUNKS_DONE_HERE = 12
 """Chunks of a map that the calling process does itself: for fewer, starting workers costs more than it saves."""
 
 _MAX_WORKERS = 8  # more would wait for the calling process, which takes their results in one after the other
