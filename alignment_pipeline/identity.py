@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ _INCIDENTAL_CONFIG_KEYS = frozenset(
 _UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy"})
 
 
-def canonical_json(value: Any) -> str:
-    """One spelling for each JSON value: sorted keys, no spaces, no NaN, characters unescaped.
+canonical_json: Callable[[Any], str] = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
+"""One spelling for each JSON value: sorted keys, no spaces, no NaN, characters unescaped.
 
-    Raises:
-        ValueError: `value` holds a NaN or an infinity, which have no place in a configuration or a table.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+Raises:
+    ValueError: The value holds a NaN or an infinity, which have no place in a configuration or a table.
+"""
 
 
 def digest(value: Any) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
-from alignment_pipeline.identity import canonical_json, digest
+from alignment_pipeline.identity import canonical_json
 from alignment_pipeline.stage import StageCheck
 
 ID_CHARS = 16
@@ -43,18 +43,23 @@ def prefix_length(seed: int, row_id: str, shortest: int, longest: int) -> int:
     A function of seed and row alone. Source: TRL's former `LengthSampler`, which leaves its upper bound out and draws
     from a global generator, so that a prompt depended on the rows before it.
     """
-    position = _uniform(["prefix_length", seed, row_id])
+    position = _uniform("prefix_length", seed, row_id)
     return shortest + int(position * (longest - shortest + 1))
 
 
 def prompt_id(instruction: str, input: str) -> str:
     """Identity of a prompt: the start of the sha256 of both texts, byte for byte."""
-    return digest([instruction, input])[:ID_CHARS]
+    return identity_of(canonical_json(instruction), canonical_json(input))
 
 
 def row_id(instruction: str, input: str, output: str) -> str:
     """Identity of a row: the start of the sha256 of its three texts, byte for byte."""
-    return digest([instruction, input, output])[:ID_CHARS]
+    return identity_of(canonical_json(instruction), canonical_json(input), canonical_json(output))
+
+
+def identity_of(*quoted: str) -> str:
+    """Identity of a list of texts that are canonical JSON already: the start of the sha256 of the list's."""
+    return hashlib.sha256(f"[{','.join(quoted)}]".encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
 
 
 def normalised(prompt: str) -> str:
@@ -71,12 +76,12 @@ def split_position(seed: int, purpose: str, prompt: str) -> float:
             is drawn from prompts that all have high positions in the split of the instructions.
         prompt: Formatted prompt.
     """
-    return _uniform([purpose, seed, normalised(prompt)])
+    return _uniform(purpose, seed, normalised(prompt))
 
 
-def _uniform(value: list[str | int]) -> float:
-    """A number in [0, 1) that is a function of a JSON value, uniform over values."""
-    whole = hashlib.sha256(canonical_json(value).encode()).digest()
+def _uniform(purpose: str, seed: int, text: str) -> float:
+    """A number in [0, 1) that is a function of the canonical JSON of the three as a list, uniform over texts."""
+    whole = hashlib.sha256(f"[{canonical_json(purpose)},{seed},{canonical_json(text)}]".encode()).digest()
     return (int.from_bytes(whole[:8]) >> 11) / 2**53  # 53 bits: a float holds them, so that 1.0 cannot come out
 
 
@@ -91,12 +96,19 @@ def splits_share_no_prompt(prompts: Mapping[str, Iterable[str]]) -> StageCheck:
     for split, texts in prompts.items():
         for text in {normalised(text) for text in texts}:
             shared += split_of.setdefault(text, split) != split
-    detail = f"{len(split_of)} distinct prompts, {shared} in more than one of {', '.join(prompts)}"
+    return leak_check(len(split_of), shared, prompts)
+
+
+def leak_check(distinct: int, shared: int, splits: Iterable[str]) -> StageCheck:
+    """The check that no prompt stands in two splits, from the counts of distinct and of shared normalised prompts."""
+    detail = f"{distinct} distinct prompts, {shared} in more than one of {', '.join(splits)}"
     return StageCheck("splits_share_no_prompt", passed=not shared, detail=detail, blocking=True)
 
 
 def is_utf8_text(text: str) -> bool:
     """Whether text can be written as UTF-8; JSON can smuggle in lone surrogates, which cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -89,7 +89,7 @@ def _adopt(source: Path | str, spec: StageSpec[RewardClassifierConfig]) -> Stage
 
 def _train(path: Path, spec: StageSpec[RewardClassifierConfig], log: ProgressLog) -> StageResult:
     config = spec.config
-    raw = read_rows(path)
+    raw = list(read_rows(path))
     kept, quarantined = sift_labelled(raw, config)
     parts = _split(kept, config, spec.seed)
     by_reason = dict(sorted(Counter(row["reason"] for row in quarantined).items()))

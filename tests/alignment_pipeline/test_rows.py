@@ -3,13 +3,16 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from alignment_pipeline import rows as rows_module
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.prompts import is_utf8_text
-from alignment_pipeline.rows import parse_jsonl, read_rows, shown
+from alignment_pipeline.rows import CHUNK_BYTES, Lines, parse_jsonl, read_chunks, read_rows, shown
 
 RECORDS = [{"instruction": "Say ü.", "output": "ü"}, {"instruction": "Say \u2028.", "output": "two"}]
 HUB_NAME = "sahil2801/CodeAlpaca-20k"
@@ -44,7 +47,7 @@ def test_the_same_records_are_read_from_every_format_whatever_the_suffix(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     assert [row.value for row in rows] == RECORDS
     assert all(row.problem is None for row in rows)
 
@@ -94,18 +97,62 @@ def test_a_file_that_cannot_be_read_as_a_whole_is_an_error_that_names_it(
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=expected) as caught:
-        read_rows(path)
+        list(read_rows(path))
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_a_folder_and_a_wrong_suffix_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file.*--set data\.path=FILE"):
-        read_rows(tmp_path / "absent.jsonl")
+        list(read_rows(tmp_path / "absent.jsonl"))
     with pytest.raises(DataError, match=r"a folder, expected a file"):
-        read_rows(tmp_path)
+        list(read_rows(tmp_path))
     (tmp_path / "plain.gz").write_bytes(jsonl(RECORDS))
     with pytest.raises(DataError, match=r"no gzip data.*suffix \.gz"):
-        read_rows(tmp_path / "plain.gz")
+        list(read_rows(tmp_path / "plain.gz"))
+
+
+CHUNKED = {
+    "lines": jsonl(RECORDS * 9),
+    "carriage returns": jsonl(RECORDS * 9).replace(b"\n", b"\r\n"),
+    "blank lines first": b"\n" * 100 + b" \t\n" + jsonl(RECORDS * 9),
+    "a mark and blank lines first": b"\xef\xbb\xbf" + b"\n" * 100 + jsonl(RECORDS * 9),
+    "no end of line": jsonl(RECORDS * 9).rstrip(b"\n"),
+    "a long line": jsonl([{"instruction": "x" * 1000, "output": "y"}]) + jsonl(RECORDS),
+    "a bad line": jsonl(RECORDS) + b"\xff\n{" + jsonl(RECORDS * 3),
+    "compressed in two parts": gzip.compress(jsonl(RECORDS * 5)) + gzip.compress(jsonl(RECORDS)),
+    "a bad first line like an array": b"[oops\n" + jsonl(RECORDS * 9),
+    "an array": json.dumps(RECORDS * 9, indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize("content", CHUNKED.values(), ids=CHUNKED)
+def test_the_size_of_chunks_changes_no_row_and_no_line_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(content)
+    expected = list(read_rows(path))
+    assert len(expected) > 2
+    monkeypatch.setattr(rows_module, "_CHUNK_VALUES", 4)
+    for size in (1, 7, 100):
+        monkeypatch.setattr(rows_module, "CHUNK_BYTES", size)
+        assert list(read_rows(path)) == expected
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_lines_are_read_without_holding_the_file(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    content = jsonl(RECORDS) * 300_000
+    path = tmp_path / "rows"
+    path.write_bytes(compress(content))
+    tracemalloc.start()
+    try:
+        count = sum(chunk.data.count(b"\n") for chunk in read_chunks(path) if isinstance(chunk, Lines))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 600_000
+    assert len(content) > 20 * CHUNK_BYTES
+    assert peak < 8 * CHUNK_BYTES  # two chunks, what they are put together from, and gzip's buffers
 
 
 def test_what_is_shown_is_printable_and_short() -> None:
@@ -129,10 +176,10 @@ def load_in_subprocess(home: Path, *arguments: str | None) -> "subprocess.Comple
     code = (
         "import json, sys\n"
         "from alignment_pipeline.errors import DataError\n"
-        "from alignment_pipeline.rows import load_hub_rows\n"
+        "from alignment_pipeline.rows import read_hub_chunks\n"
         "try:\n"
-        "    rows, commit = load_hub_rows(*json.loads(sys.argv[1]))\n"
-        "    print(json.dumps([commit, rows]))\n"
+        "    chunks, commit = read_hub_chunks(*json.loads(sys.argv[1]))\n"
+        "    print(json.dumps([commit, [row for chunk in chunks for row in chunk.rows()]]))\n"
         "except DataError as error:\n"
         "    sys.exit(f'DataError: {error}')\n"
     )
