@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,17 @@ class ArtifactStore:
             if manifest["key"] == key:
                 found.append((manifest["created_at"], manifest["data_version"]))
         return ArtifactRef(stage, key, min(found)[1]) if found else None
+
+    def fault(self, stage: str, key: str) -> str | None:
+        """What keeps artifacts of a key from being found: a file that is missing or cut; None if there are none."""
+        faults = map(self._fault, sorted((self.root / stage / key[:_SHORT]).glob("*")))
+        return next(filter(None, faults), None)
+
+    def of_stage(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Manifests of a stage's artifacts, without those that lack a file."""
+        for folder in sorted((self.root / stage).glob("*/*")):
+            if self._is_whole(folder):
+                yield self._read_manifest(folder)
 
     def verify(self, ref: ArtifactRef) -> Path:
         """The artifact's folder, after every file's sha256 has been found to be the manifest's.
@@ -132,12 +143,18 @@ class ArtifactStore:
 
     def _is_whole(self, folder: Path) -> bool:
         """Whether the manifest and every file it lists are there, by size."""
+        return self._fault(folder) is None
+
+    def _fault(self, folder: Path) -> str | None:
         if not (folder / MANIFEST).is_file():
-            return False
-        return all(
-            (folder / entry["path"]).is_file() and (folder / entry["path"]).stat().st_size == entry["size"]
-            for entry in self._read_manifest(folder)["files"]
-        )
+            return f"{MANIFEST} is missing"
+        for entry in self._read_manifest(folder)["files"]:
+            path = folder / entry["path"]
+            if not path.is_file():
+                return f"{entry['path']} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{entry['path']} holds {path.stat().st_size} bytes, expected {entry['size']}"
+        return None
 
 
 def _is_alive(pid: int) -> bool:
