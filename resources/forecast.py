@@ -68,8 +68,8 @@ def _planned(
     votes = (f"{waiting} {'vote waits' if waiting == 1 else 'votes wait'} in the inbox",) if waiting else ()
     previous = known.get(node.asset)
     unknown = [verdict for verdict in read if verdict.artifact is None]
-    decided = set(node.inputs.values()) - {verdict.asset for verdict in unknown}
-    parents = pick(known, recipe.name, sorted(decided))
+    left_open = {verdict.asset for verdict in unknown}
+    parents = pick(known, recipe.name, [asset for asset in node.inputs.values() if asset not in left_open])
     if not unknown:
         plan = make_plan(store, node, recipe.seed, parents, files, previous)
         if plan.found:

@@ -76,9 +76,9 @@ def make_plan(
     return Plan(key, description, inputs, found, tuple(reasons))
 
 
-def settings_version(node: StageNode, seed: int) -> str:
-    """All that an asset's key is made of but its inputs, in 16 hex digits: Dagster's code version of it."""
-    return digest([stage_code_version(node.stage), node.config.keyed_values(), seed])[:16]
+def settings_version(code_version: str, config: Mapping[str, Any], seed: int) -> str:
+    """All that an asset's key is made of but its inputs, in 16 hex digits: Dagster's code version of the asset."""
+    return digest([code_version, dict(config), seed])[:16]
 
 
 def read_files(node: StageNode, paths: Mapping[str, Path]) -> Files:
