@@ -85,7 +85,7 @@ def made_from(inputs: Mapping[str, Mapping[str, str]], recipe: str, node: StageN
             source, artifact, version = f"[{key}](/assets/{key})", parent.artifact_id, parent.data_version
         else:
             source, artifact, version = Path(entry["path"]).name, "(a file)", entry["sha256"]
-        rows.append({"input": name, "made from": source, "artifact id": artifact, "data version": version[:8]})
+        rows.append({"input": name, "made from": source, "data version": version[:8], "artifact id": artifact})
     return markdown_table(rows)
 
 

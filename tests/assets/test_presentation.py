@@ -74,14 +74,14 @@ def test_parents_are_links_to_their_pages_with_what_was_read_of_them(smoke_home:
     manifest = ArtifactStore(smoke_home).manifest(current["dpo_policy"])
     table = made_from(manifest["inputs"], "smoke", build_graph(find_recipe("smoke"))["dpo_policy"])
     head, _, *rows = table.splitlines()
-    assert head == "| input | made from | artifact id | data version |"
+    assert head == "| input | made from | data version | artifact id |"
     assert {row.split(" | ")[1] for row in rows} == {
         f"[smoke/{parent}](/assets/smoke/{parent})"
         for parent in ("preference_pairs", "reference_logprobs", "sft_model")
     }
     trunk = current["sft_model"]
     assert (
-        f"| trunk | [smoke/sft_model](/assets/smoke/sft_model) | {trunk.artifact_id} | {trunk.data_version[:8]} |"
+        f"| trunk | [smoke/sft_model](/assets/smoke/sft_model) | {trunk.data_version[:8]} | {trunk.artifact_id} |"
         in rows
     )
 
@@ -96,7 +96,7 @@ def test_every_table_of_parents_is_short_enough_for_the_page(smoke_home: Path) -
 def test_a_file_is_named_with_what_it_held(smoke_home: Path) -> None:
     store, ref = ArtifactStore(smoke_home), RunRecords(smoke_home).current("smoke")["human_preferences"]
     table = made_from(store.manifest(ref)["inputs"], "smoke", build_graph(find_recipe("smoke"))["human_preferences"])
-    assert "| journal | journal.jsonl | (a file) | e3b0c442 |" in table.splitlines()
+    assert "| journal | journal.jsonl | e3b0c442 | (a file) |" in table.splitlines()
 
 
 def test_an_artifact_is_named_in_full(smoke_home: Path) -> None:
