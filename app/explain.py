@@ -3,7 +3,7 @@
 Imports neither Dagster nor torch: a forecast is an answer at once. How it is decided is in `resources.forecast`.
 """
 
-import json
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -25,34 +25,31 @@ def explain_forecast(console: Console, home: Path, recipe: Recipe, select: Colle
     verdicts = forecast(home, recipe, assets)
     console.print(f"What a run of {recipe.name} would do in {home}:", highlight=False, soft_wrap=True)
     for verdict in verdicts:
-        artifact = [verdict.artifact.artifact_id] if verdict.artifact else []
-        other = [f"not the current one: {'; '.join(verdict.reasons)}"] if artifact and verdict.reasons else []
-        _say(console, verdict.asset, verdict.kind, [*artifact, *other] if artifact else verdict.reasons)
-    counts = [
-        (kind, sum(verdict.kind == kind for verdict in verdicts))
-        for kind in ("reuse", "compute", "undecided", "blocked")
-    ]
-    console.print(", ".join(f"{kind} {count}" for kind, count in counts if count) + ".", highlight=False)
+        because = "; ".join(verdict.reasons)
+        if verdict.artifact:
+            because = verdict.artifact.artifact_id + (f"; not the current one: {because}" if because else "")
+        _say(console, verdict.asset, verdict.kind, because)
+    counts = Counter(verdict.kind for verdict in verdicts)
+    console.print(", ".join(f"{kind} {count}" for kind, count in counts.items()) + ".", highlight=False)
 
 
 def explain_run(console: Console, home: Path, run_id: str, assets: Iterable[str]) -> None:
     """Say of each asset of a run that was made whether it was reused, or why not."""
     runs = RunRecords(home)
     made = runs.of_run(run_id)
-    lines = runs.events_path(run_id).read_text(encoding="utf-8").splitlines()
-    ends = {event["asset"]: event for event in map(json.loads, lines) if event["event"] in ("finished", "failed")}
+    ends = {event["asset"]: event for event in runs.events(run_id) if event["event"] in ("finished", "failed")}
     for asset in assets:
         end = ends.get(asset)
         if end is None:
-            _say(console, asset, "not made", [])
+            _say(console, asset, "not made", "")
         elif end["event"] == "failed":
-            _say(console, asset, "failed", [end["error"]])
+            _say(console, asset, "failed", end["error"])
         elif end["reused"]:
-            _say(console, asset, "reused", [made[asset].artifact_id])
+            _say(console, asset, "reused", made[asset].artifact_id)
         else:
-            _say(console, asset, "computed", end["reasons"])
+            _say(console, asset, "computed", "; ".join(end["reasons"]))
 
 
-def _say(console: Console, asset: str, what: str, because: Iterable[str]) -> None:
-    line = f"{asset:<20} {what:<9}  {'; '.join(because)}"
+def _say(console: Console, asset: str, what: str, because: str) -> None:
+    line = f"{asset:<20} {what:<9}  {because}"
     console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)

@@ -121,6 +121,15 @@ class RunRecords:
         with (self._runs / f"{run_id}.events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def events(self, run_id: str) -> list[dict[str, Any]]:
+        """A run's events so far, oldest first; a line that is not whole (a crash, a full disk) is left out."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.events_path(run_id).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
+
     def events_path(self, run_id: str) -> Path:
         """Where a run's events are appended."""
         return self._runs / f"{run_id}.events.jsonl"
