@@ -8,18 +8,28 @@ values are in the key themselves) and what only reports.
 import ast
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 _PACKAGE = "alignment_pipeline"
 _ROOT = Path(__file__).parent.parent
 _NOT_COUNTED = frozenset(f"{_PACKAGE}.{name}" for name in ("configs", "errors", "progress", "pacing", "plots", "stage"))
+_NOT_RUN = frozenset({"kind"})  # the u of u"text"
 
 
 @functools.cache
 def stage_code_version(stage: str) -> str:
     """First 16 hex digits of the hash over all source that the stage `alignment_pipeline.stages.<stage>` depends on."""
+    return _short_digest("\n".join(f"{name} {version}" for name, version in stage_code(stage).items()))
+
+
+@functools.cache
+def stage_code(stage: str) -> Mapping[str, str]:
+    """Module → its version, for each that the stage's code version counts, sorted; says which module a change is in."""
     modules = dependencies(f"{_PACKAGE}.stages.{stage}")
-    return hashlib.sha256("\n".join(f"{name} {_syntax_digest(name)}" for name in modules).encode()).hexdigest()[:16]
+    return MappingProxyType({name: _module_version(name) for name in modules})
 
 
 @functools.cache
@@ -60,13 +70,27 @@ def _imports(module: str) -> set[str]:
 
 
 @functools.cache
-def _syntax_digest(module: str) -> str:
-    tree = _WithoutDocstrings().visit(ast.parse(ast.unparse(_tree(module))))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+def _module_version(module: str) -> str:
+    return _short_digest(repr(_shape(_tree(module))))
 
 
-class _WithoutDocstrings(ast.NodeTransformer):
-    """Drops statements that are a text alone: docstrings, and the texts below constants and fields."""
+def _shape(node: Any) -> Any:
+    """What Python runs of a syntax tree, as nested lists.
 
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+    Fields that are empty are left out, as newer versions of Python know more of them: the versions do not depend on it.
+    """
+    if isinstance(node, ast.AST):
+        fields = ((name, _shape(value)) for name, value in ast.iter_fields(node) if name not in _NOT_RUN)
+        return [type(node).__name__, *([name, shape] for name, shape in fields if shape not in (None, []))]
+    if isinstance(node, list):
+        return [_shape(item) for item in node if not _is_text_alone(item)]
+    return None if node is None else repr(node)
+
+
+def _is_text_alone(node: Any) -> bool:
+    """Whether a statement is nothing but a text: a docstring, or the text below a constant or a field."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

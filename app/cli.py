@@ -54,13 +54,24 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Change a recipe's value: section.key=value; repeatable.")
     ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say of each asset: reused, or why not.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be reused or computed, and why.")
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Print the logs of every stage.")] = False,
 ) -> None:
     """Make a recipe's assets; what exists already is reused."""
-    from app.run import execute_run
+    from app.explain import explain_forecast, explain_run
 
     loaded = find_recipe(recipe, overrides or [])
+    if dry_run:
+        explain_forecast(_console, alignment_home(), loaded, select or [])
+        return
+    from app.run import execute_run
+
     outcome = execute_run(_console, loaded, select or [], overrides or [], verbose=verbose)
+    if explain:
+        explain_run(_console, alignment_home(), outcome.run_id, outcome.assets)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
     if "comparison" in outcome.assets:

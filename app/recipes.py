@@ -1,10 +1,11 @@
 """Where recipes are found: `recipes/` in the checkout, or the folder in `ALIGNMENT_RECIPES`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from alignment_pipeline.errors import RecipeError
+from alignment_pipeline.graph import build_graph
 from alignment_pipeline.recipe import Recipe, load_recipe
 from resources.home import REPOSITORY
 
@@ -38,3 +39,16 @@ def find_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         known = ", ".join(sorted(path.stem for path in recipes_folder().glob("*.yaml"))) or "none"
         raise RecipeError(f"There is no recipe {name!r} in {recipes_folder()}; expected one of: {known}.")
     return load_recipe(path, overrides)
+
+
+def select_assets(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
+    """The named assets of a recipe, or all of them if none is named, parents before children.
+
+    Raises:
+        RecipeError: It has no such asset.
+    """
+    graph = build_graph(recipe)
+    for name in names:
+        if name not in graph:
+            raise RecipeError(f"--select {name}: {recipe.name} has no such asset; expected one of: {', '.join(graph)}.")
+    return tuple(asset for asset in graph if not names or asset in names)

@@ -13,10 +13,10 @@ import dagster as dg
 from rich.console import Console
 
 from alignment_pipeline.errors import RecipeError
-from alignment_pipeline.graph import build_graph
 from alignment_pipeline.recipe import Recipe
 from app.definitions import EXECUTOR_VARIABLE, build_definitions
 from app.live import LiveRun
+from app.recipes import select_assets
 from assets.stage_asset import OVERRIDES_TAG, RECIPE_TAG, RECORD_TAG, STARTED_BY_TAG
 from resources.artifact_store import ArtifactStore
 from resources.dagster_resources import require_executor, tracker_of
@@ -52,13 +52,7 @@ def execute_run(
         )
     home = prepare_home(alignment_home())
     use_dagster_instance(home)
-    graph = build_graph(recipe)
-    unknown = [asset for asset in select if asset not in graph]
-    if unknown:
-        raise RecipeError(
-            f"--select {unknown[0]}: {recipe.name} has no such asset; expected one of: {', '.join(graph)}."
-        )
-    assets = tuple(asset for asset in graph if not select or asset in select)
+    assets = select_assets(recipe, select)
     require_executor(os.environ.get(EXECUTOR_VARIABLE, "in_process"))
     _tracker(home)
     run_id = str(uuid.uuid4())

@@ -9,9 +9,11 @@ from typing import Any
 
 import dagster as dg
 
+from alignment_pipeline.graph import StageNode
 from alignment_pipeline.identity import EXTRAS, read_jsonl
 from alignment_pipeline.plots import telling_curves
 from alignment_pipeline.statistics import mean
+from resources.artifact_store import ArtifactRef
 from resources.compute import Outcome
 
 _CELL_CHARS = 160
@@ -39,7 +41,7 @@ _FIRST_COLUMNS = (
 
 
 def asset_metadata(
-    outcome: Outcome, tables: Sequence[str], wandb_run: str | Path | None
+    outcome: Outcome, recipe: str, node: StageNode, tables: Sequence[str], wandb_run: str | Path | None
 ) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata of a materialization; keys of metrics are the metrics' own names."""
     manifest = outcome.manifest
@@ -49,7 +51,12 @@ def asset_metadata(
     metadata["reused"] = dg.MetadataValue.bool(outcome.reused)
     if outcome.reasons:
         metadata["computed because"] = dg.MetadataValue.text("; ".join(outcome.reasons))
+    if manifest["inputs"]:
+        metadata["made from"] = dg.MetadataValue.md(made_from(manifest["inputs"], recipe, node))
     metadata["artifact"] = dg.MetadataValue.path(str(outcome.folder))
+    metadata["artifact id"] = dg.MetadataValue.text(outcome.ref.artifact_id)
+    metadata["data_version"] = dg.MetadataValue.text(outcome.ref.data_version)
+    metadata["key"] = dg.MetadataValue.text(outcome.ref.key)
     metadata["manifest"] = dg.MetadataValue.json(_brief(manifest))
     if curves := sparklines(outcome.folder / EXTRAS / "progress.jsonl"):
         metadata["curves at a glance"] = dg.MetadataValue.md(curves)
@@ -63,6 +70,23 @@ def asset_metadata(
     elif wandb_run:
         metadata["W&B run"] = dg.MetadataValue.url(wandb_run)
     return metadata
+
+
+def made_from(inputs: Mapping[str, Mapping[str, str]], recipe: str, node: StageNode) -> str:
+    """A manifest's inputs as a table: parents as links to their asset pages, with artifact id and data version.
+
+    The links begin at the web UI's own address, as it has no path prefix.
+    """
+    rows = []
+    for name, entry in inputs.items():
+        if name in node.inputs:
+            key = f"{recipe}/{node.inputs[name]}"
+            parent = ArtifactRef(**entry)
+            source, artifact, version = f"[{key}](/assets/{key})", parent.artifact_id, parent.data_version
+        else:
+            source, artifact, version = Path(entry["path"]).name, "(a file)", entry["sha256"]
+        rows.append({"input": name, "made from": source, "data version": version[:8], "artifact id": artifact})
+    return markdown_table(rows)
 
 
 def sparklines(progress_log: Path) -> str:

@@ -1,4 +1,10 @@
-"""Turns a node of a recipe's graph into a Dagster asset. What is special to a stage is in the file named for it."""
+"""Turns a node of a recipe's graph into a Dagster asset. What is special to a stage is in the file named for it.
+
+An asset's Dagster code version stands for the stage's code, the keyed configuration and the seed; its inputs' data
+versions Dagster compares itself. So the web UI shows an asset as stale where `align run --dry-run` would compute it, or
+go back to an earlier artifact. Dagster sees neither input files (`data.path`, the feedback journal) nor files that are
+gone from the store: those only the dry run knows.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +21,14 @@ from assets.config_schema import launchpad_schema
 from assets.presentation import asset_metadata
 from resources.compute import Compute, Outcome, Request
 from resources.dagster_resources import ComputeResource
+from resources.plan import settings_version
 
 GPU_POOL = "gpu"
 OWNER = "team:alignment"
 RECIPE_TAG = "alignment/recipe"
 STARTED_BY_TAG = "alignment/started_by"
 OVERRIDES_TAG = "alignment/overrides"
+CODE_VERSION_TAG = "dagster/code_version"  # Dagster's own, of a materialization
 RECORD_TAG = "alignment/run_record"  # whose run record this is, where Dagster chose another id for the run
 
 
@@ -54,7 +62,7 @@ def stage_asset(
         kinds=kinds,
         owners=[OWNER],
         tags={"alignment/stage": node.stage},
-        code_version=stage_code_version(node.stage),
+        code_version=settings_version(stage_code_version(node.stage), node.config.keyed_values(), recipe.seed),
         check_specs=check_specs(recipe, node),
         config_schema=launchpad_schema(node.config, recipe.seed),
         pool=GPU_POOL if on_gpu else None,
@@ -65,9 +73,12 @@ def stage_asset(
             outcome = _materialize(context, engine, recipe, node, takes_in_feedback)
         except AlignmentError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from error
+        made = outcome.manifest
+        version = settings_version(made["code_version"], made["config"], made["seed"])
         return dg.MaterializeResult(
             data_version=dg.DataVersion(outcome.ref.data_version),
-            metadata=asset_metadata(outcome, tables, engine.tracking_link(node, outcome)),
+            tags={CODE_VERSION_TAG: version},  # the launchpad may have changed what the definition says
+            metadata=asset_metadata(outcome, recipe.name, node, tables, engine.tracking_link(node, outcome)),
             check_results=[
                 dg.AssetCheckResult(
                     check_name=check["name"],
@@ -75,7 +86,7 @@ def stage_asset(
                     severity=dg.AssetCheckSeverity.ERROR if check["blocking"] else dg.AssetCheckSeverity.WARN,
                     description=check["detail"],
                 )
-                for check in outcome.manifest["checks"]
+                for check in made["checks"]
             ],
         )
 

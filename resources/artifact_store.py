@@ -110,6 +110,17 @@ class ArtifactStore:
             pending.extend(parents(manifest).values() if manifest else ())
         return found
 
+    def fault(self, stage: str, key: str) -> str | None:
+        """What keeps artifacts of a key from being found: a file that is missing or cut; None if there are none."""
+        faults = map(_fault, sorted((self.root / stage / key[:_SHORT]).glob("*")))
+        return next(filter(None, faults), None)
+
+    def of_stage(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Manifests of a stage's artifacts, without those that lack a file."""
+        for folder in sorted((self.root / stage).glob("*/*")):
+            if _is_whole(folder):
+                yield _read_manifest(folder)
+
     def verify(self, ref: ArtifactRef) -> Path:
         """The artifact's folder, after every file's sha256 has been found to be the manifest's.
 
@@ -202,12 +213,22 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _is_whole(folder: Path) -> bool:
     """Whether the manifest and every file it lists are there, and none is being deleted."""
-    if not (folder / MANIFEST).is_file() or (folder / COLLECTED).exists():
-        return False
-    return all(
-        (folder / entry["path"]).is_file() and (folder / entry["path"]).stat().st_size == entry["size"]
-        for entry in _read_manifest(folder)["files"]
-    )
+    return _fault(folder) is None
+
+
+def _fault(folder: Path) -> str | None:
+    """What an artifact lacks to be used; None if it is whole. Files are looked at by presence and size."""
+    if not (folder / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    if (folder / COLLECTED).exists():
+        return "`align gc` has deleted its weights"
+    for entry in _read_manifest(folder)["files"]:
+        path = folder / entry["path"]
+        if not path.is_file():
+            return f"{entry['path']} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{entry['path']} holds {path.stat().st_size} bytes, expected {entry['size']}"
+    return None
 
 
 def _holds(folder: Path, entry: Mapping[str, Any]) -> bool:

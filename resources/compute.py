@@ -17,21 +17,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from alignment_pipeline.code_version import stage_code_version
 from alignment_pipeline.configs import StageConfig
 from alignment_pipeline.errors import AlignmentError, DataError, StoreError
 from alignment_pipeline.graph import StageNode
-from alignment_pipeline.identity import EXTRAS, artifact_key, digest, file_sha256
+from alignment_pipeline.identity import EXTRAS, MANIFEST
 from alignment_pipeline.plots import training_curves
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec, stage_function
 from resources import leases
 from resources.artifact_store import ArtifactRef, ArtifactStore, lease_name
-from resources.consistency import require_one_lineage
 from resources.feedback import FeedbackInbox
 from resources.home import REPOSITORY
 from resources.leakage import leak_check, with_leak_check
 from resources.lineage.index import Lineage
+from resources.plan import Plan, content_sha256, make_plan, read_files
 from resources.runs import FAILED, INTERRUPTED, RunRecords
 from resources.tracking import Tracking
 
@@ -102,7 +101,7 @@ class Compute:
             if problem is not None and problem is not error:
                 raise problem from error
             raise
-        warning = self.lineage.try_sync() if ended or not outcome.reused else None
+        warning = self._index(request, outcome, ended)
         if warning:
             self.runs.event(request.run_id, "note", asset=node.asset, text=warning)
         self.runs.event(
@@ -110,6 +109,13 @@ class Compute:
             seconds=time.monotonic() - started, metrics=dict(outcome.manifest["metrics"]),
         )  # fmt: skip
         return outcome
+
+    def _index(self, request: Request, outcome: Outcome, ended: bool) -> str | None:
+        """Bring the index up to what was made; everything once the run has ended. Returns what went wrong."""
+        if ended:
+            return self.lineage.try_sync()
+        manifest = f"artifacts/{outcome.ref.artifact_id}/{MANIFEST}"
+        return None if outcome.reused else self.lineage.try_sync(only=[manifest, f"runs/{request.run_id}.json"])
 
     def take_in_feedback(self, recipe: str) -> Path:
         """Take in a recipe's waiting votes; returns the journal of all of them."""
@@ -136,76 +142,53 @@ class Compute:
                 return outcome, ended
 
     def _find_or_compute(self, request: Request) -> Outcome:
-        node = request.node
-        inputs = self.runs.resolve(request.run_id, request.recipe, list(node.inputs.values()))
-        require_one_lineage(self.store, node.asset, inputs)
-        by_name = {name: inputs[asset] for name, asset in node.inputs.items()}
-        files = {
-            name: {"sha256": _content_sha256(name, path, node), "path": str(path)}
-            for name, path in request.files.items()
-        }
-        keyed = request.config.keyed_values()
-        versions = {name: ref.data_version for name, ref in by_name.items()}
-        versions |= {name: entry["sha256"] for name, entry in files.items()}
-        key = artifact_key(node.stage, stage_code_version(node.stage), keyed, versions, request.seed)
-        if found := self.store.find(node.stage, key):
-            return self._reuse(found)
-        description = {
-            "code_version": stage_code_version(node.stage),
-            "config": keyed,
-            "seed": request.seed,
-            "inputs": {name: ref.as_dict() for name, ref in by_name.items()} | files,
-        }
-        reasons = self._why(request, description)
+        node = replace(request.node, config=request.config)
+        parents = self.runs.resolve(request.run_id, request.recipe, list(node.inputs.values()))
+        previous = self.runs.current(request.recipe).get(node.asset)
+        plan = make_plan(self.store, node, request.seed, parents, read_files(node, request.files), previous)
+        if plan.found:
+            return self._reuse(plan.found)
         with leases.hold(
             self.home,
-            lease_name(node.stage, key),
+            lease_name(node.stage, plan.key),
             on_wait=lambda text: self.runs.event(request.run_id, "note", asset=node.asset, text=text),
         ) as lease:
-            if found := self.store.find(node.stage, key):
+            if found := self.store.find(node.stage, plan.key):
                 return self._reuse(found)
-            ref = self._compute(request, key, by_name, description, lease)
-        return Outcome(ref, self.store.path(ref), with_leak_check(self.store, ref), False, reasons)
+            ref = self._compute(request, plan, lease)
+        return Outcome(ref, self.store.path(ref), with_leak_check(self.store, ref), False, plan.reasons)
 
     def _reuse(self, ref: ArtifactRef) -> Outcome:
         return Outcome(ref, self.store.path(ref), with_leak_check(self.store, ref), True, ())
 
-    def _compute(
-        self,
-        request: Request,
-        key: str,
-        inputs: Mapping[str, ArtifactRef],
-        description: Mapping[str, Any],
-        lease: leases.Lease,
-    ) -> ArtifactRef:
+    def _compute(self, request: Request, plan: Plan, lease: leases.Lease) -> ArtifactRef:
         stage = request.node.stage
-        work = self.home / "work" / key[:20]
+        work = self.home / "work" / plan.key[:20]
         work.mkdir(parents=True, exist_ok=True)
         staging = self.store.new_staging()
         log = ProgressLog(work / "progress.jsonl")
-        parents = [ref.as_dict() for ref in inputs.values()]
+        parents = [ref.as_dict() for ref in plan.inputs.values()]
         self.runs.event(request.run_id, "computing", asset=request.node.asset, log=str(log.path), inputs=parents)
-        tracked = self._follow(request, key, description, log)
+        tracked = self._follow(request, plan, log)
         started = time.monotonic()
         exit_code = 1
         result = StageResult()
         try:
-            folders = {name: self.store.verify(ref) for name, ref in inputs.items()} | dict(request.files)
+            folders = {name: self.store.verify(ref) for name, ref in plan.inputs.items()} | dict(request.files)
             spec = StageSpec(request.config, folders, staging, work, request.seed, self.device)
             result = stage_function(stage)(spec, log)
             if stage == "evaluation":
-                result = replace(result, checks=(*result.checks, leak_check(self.store, inputs, staging)))
+                result = replace(result, checks=(*result.checks, leak_check(self.store, plan.inputs, staging)))
             log.close()
             (staging / EXTRAS).mkdir(exist_ok=True)
             training_curves(staging / EXTRAS / "curves.png", log.path)
             shutil.copyfile(log.path, staging / EXTRAS / "progress.jsonl")
             for name, path in request.files.items():
-                if _content_sha256(name, path, request.node) != description["inputs"][name]["sha256"]:
+                if content_sha256(request.node, name, path) != plan.description["inputs"][name]["sha256"]:
                     raise DataError(f"{path} was changed while it was read; nothing was published. Run again.")
             lease.require()
-            ref = self.store.publish(
-                staging, stage, key, {**description, **_report(result, time.monotonic() - started, self.device)}
-            )
+            report = _report(result, time.monotonic() - started, self.device)
+            ref = self.store.publish(staging, stage, plan.key, {**plan.description, **report})
             exit_code = 0
         finally:
             log.close()
@@ -215,12 +198,12 @@ class Compute:
         shutil.rmtree(work)
         return ref
 
-    def _follow(self, request: Request, key: str, description: Mapping[str, Any], log: ProgressLog) -> str | None:
+    def _follow(self, request: Request, plan: Plan, log: ProgressLog) -> str | None:
         """Start a W&B run for stages that train or evaluate. Its id follows from the key: a resumed stage goes on."""
         node = request.node
         if node.stage not in _TRACKED_STAGES:
             return None
-        tracking_id = _tracking_id(node, key)
+        tracking_id = _tracking_id(node, plan.key)
         self.tracking.follow(
             run_id=tracking_id,
             name=f"{request.recipe}/{node.asset}",
@@ -228,73 +211,17 @@ class Compute:
             job_type=node.stage,
             tags=[request.recipe],
             config={
-                "recipe": request.recipe, "asset": node.asset, "key": key, "dagster_run_id": request.run_id,
-                "seed": request.seed, "code_version": description["code_version"], **description["config"],
+                "recipe": request.recipe, "asset": node.asset, "key": plan.key, "dagster_run_id": request.run_id,
+                "seed": request.seed, "code_version": plan.description["code_version"], **plan.description["config"],
             },
             log=log.path,
         )  # fmt: skip
         return tracking_id
 
-    def _why(self, request: Request, description: Mapping[str, Any]) -> tuple[str, ...]:
-        """What differs from the recipe's current artifact of this asset, in words."""
-        previous = self.runs.current(request.recipe).get(request.node.asset)
-        if previous is None:
-            return ("first time",)
-        try:
-            before = self.store.manifest(previous)
-        except StoreError:
-            return ("the previous artifact is gone",)
-        return tuple(differences(before, description)) or ("the previous artifact's files are incomplete",)
-
 
 def _tracking_id(node: StageNode, key: str) -> str:
     """A W&B run's id follows from the key, so that a resumed stage goes on in its run."""
     return f"{node.asset}-{key[:16]}"
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What changed between two computations of a stage: configuration, seed, inputs, code."""
-    found = []
-    for name in sorted(before["config"].keys() | after["config"].keys()):
-        old, new = before["config"].get(name), after["config"].get(name)
-        if old != new:
-            found.append(f"{name} {_spell(old)} → {_spell(new)}")
-    if before["seed"] != after["seed"]:
-        found.append(f"seed {before['seed']} → {after['seed']}")
-    for name in sorted(before["inputs"].keys() | after["inputs"].keys()):
-        old, new = (_version(side["inputs"].get(name)) for side in (before, after))
-        if old != new:
-            found.append(f"{name} {old or 'absent'} → {new or 'absent'}")
-    if before["code_version"] != after["code_version"]:
-        found.append(f"code {before['code_version'][:8]} → {after['code_version'][:8]}")
-    return found
-
-
-def _version(entry: Mapping[str, str] | None) -> str:
-    return "" if entry is None else (entry.get("data_version") or entry["sha256"])[:8]
-
-
-def _spell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _content_sha256(name: str, path: Path, node: StageNode) -> str:
-    """What an input file (or a model's folder) holds, whatever it is called.
-
-    Raises:
-        DataError: It does not exist.
-    """
-    try:
-        if path.is_dir():
-            return digest({file.name: file_sha256(file) for file in sorted(path.iterdir()) if file.is_file()})
-        return file_sha256(path)
-    except OSError as error:
-        found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        key = f"{node.section}.{'path' if name == 'source' else name}"
-        raise DataError(
-            f"{key}: {path} {found}, expected a file or folder that can be read. Correct the recipe, "
-            f"or use `--set {key}=PATH`."
-        ) from None
 
 
 def _report(result: StageResult, wall_s: float, device: str) -> dict[str, Any]:

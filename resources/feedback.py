@@ -11,8 +11,8 @@ import codecs
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alignment_pipeline.atomic import sync_directory, write_text
@@ -54,15 +54,8 @@ class FeedbackInbox:
         """
         with self._locked():
             files = {path: path.read_bytes() for path in self.pending()}
-            old = self.journal.read_bytes() if self.journal.is_file() else b""
-            kept = _lines(old)
-            seen = set(kept)
-            for content in files.values():
-                for line in _lines(content):
-                    if line not in seen:
-                        seen.add(line)
-                        kept.append(line)
-            text = "".join(line + "\n" for line in kept)
+            old = self._journal_bytes()
+            text, _ = _united(old, files.values())
             if not self.journal.is_file() or text.encode() != old:
                 write_text(self.journal, text)
             self.taken.mkdir(parents=True, exist_ok=True)
@@ -73,12 +66,32 @@ class FeedbackInbox:
                 sync_directory(self.inbox)
         return self.journal
 
+    def preview(self) -> tuple[str, int]:
+        """Sha256 of the journal once what waits is taken in, and how many votes that adds; changes nothing."""
+        waiting = []
+        for path in self.pending():
+            with suppress(FileNotFoundError):  # taken in since: the journal, read below, has it
+                waiting.append(path.read_bytes())
+        text, added = _united(self._journal_bytes(), waiting)
+        return hashlib.sha256(text.encode()).hexdigest(), added
+
+    def _journal_bytes(self) -> bytes:
+        return self.journal.read_bytes() if self.journal.is_file() else b""
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.inbox.mkdir(parents=True, exist_ok=True)
         with (self.folder / "journal.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go when the file closes, also after a kill
             yield
+
+
+def _united(journal: bytes, files: Iterable[bytes]) -> tuple[str, int]:
+    """The journal with every line of the files that it lacks, and how many those are."""
+    before = _lines(journal)
+    seen = set(before)
+    added = [line for line in dict.fromkeys(line for content in files for line in _lines(content)) if line not in seen]
+    return "".join(line + "\n" for line in (*before, *added)), len(added)
 
 
 def _lines(content: bytes) -> list[str]:

@@ -123,16 +123,7 @@ class RunRecords:
         Raises:
             MissingArtifactError: An asset has never been made; says how to make it.
         """
-        known = self.current(recipe) | self.of_run(run_id)
-        missing = [asset for asset in assets if asset not in known]
-        if missing:
-            raise MissingArtifactError(
-                f"{', '.join(missing)} of recipe {recipe} has not been made yet. "
-                f"Run `align run {recipe}`, or name it too: `align run {recipe} "
-                + " ".join(f"--select {asset}" for asset in missing)
-                + " …`."
-            )
-        return {asset: known[asset] for asset in assets}
+        return pick(self.current(recipe) | self.of_run(run_id), recipe, assets)
 
     def event(self, run_id: str, kind: str, **fields: Any) -> None:
         """Append an event for the live display, one line, at once."""
@@ -190,6 +181,23 @@ def only_match(prefix: str, ids: Sequence[str], what: str) -> str:
         raise StoreError(f"{len(found)} {what}s begin with {prefix!r}: {shown}. Give more of the id.")
     shown = f"Expected the beginning of one of: {', '.join(ids[-5:])}." if ids else f"There is no {what} at all."
     raise StoreError(f"There is no {what} {prefix!r}. {shown}")
+
+
+def pick(known: Mapping[str, ArtifactRef], recipe: str, assets: Sequence[str]) -> dict[str, ArtifactRef]:
+    """The artifacts of some assets.
+
+    Raises:
+        MissingArtifactError: An asset has never been made; says how to make it.
+    """
+    missing = [asset for asset in assets if asset not in known]
+    if missing:
+        raise MissingArtifactError(
+            f"{', '.join(missing)} of recipe {recipe} has not been made yet. "
+            f"Run `align run {recipe}`, or name it too: `align run {recipe} "
+            + " ".join(f"--select {asset}" for asset in missing)
+            + " …`."
+        )
+    return {asset: known[asset] for asset in assets}
 
 
 def _now() -> str:

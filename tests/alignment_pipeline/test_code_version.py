@@ -1,3 +1,4 @@
+import ast
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from alignment_pipeline import code_version
-from alignment_pipeline.code_version import dependencies, stage_code_version
+from alignment_pipeline.code_version import dependencies, stage_code, stage_code_version
 from alignment_pipeline.stage import STAGE_FUNCTIONS
 
 PACKAGE = Path(code_version.__file__).parent
-CACHED = (code_version._tree, code_version._syntax_digest, dependencies, stage_code_version)
+CACHED = (code_version._tree, code_version._module_version, dependencies, stage_code, stage_code_version)
 
 
 class Copy:
@@ -89,6 +90,31 @@ def test_a_docstring_that_is_added_or_removed_changes_no_version(copy: Copy) -> 
 def test_editing_a_dependencys_code_changes_the_stages_that_reach_it_and_no_other(copy: Copy) -> None:
     copy.edit("ppo/losses.py", "0.5 * torch.maximum", "0.6 * torch.maximum")
     assert copy.changed() == {"ppo_policy"}
+
+
+def test_the_module_that_was_edited_is_the_one_whose_version_differs(copy: Copy) -> None:
+    before = dict(stage_code("ppo_policy"))
+    assert tuple(before) == dependencies("alignment_pipeline.stages.ppo_policy")
+    copy.edit("ppo/losses.py", "0.5 * torch.maximum", "0.6 * torch.maximum")
+    copy.versions()
+    after = stage_code("ppo_policy")
+    assert [name for name in after if after[name] != before[name]] == ["alignment_pipeline.ppo.losses"]
+
+
+def test_a_field_that_a_newer_python_adds_to_its_syntax_changes_no_version(
+    copy: Copy, unedited: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "news"))
+    monkeypatch.setattr(ast.FunctionDef, "news", [], raising=False)
+    assert dict(ast.iter_fields(ast.parse("def f(): pass").body[0]))["news"] == []
+    assert copy.versions() == unedited
+
+
+def test_none_is_not_an_absent_value(copy: Copy) -> None:
+    copy.append("stages/dpo_policy.py", "\n\nX = None\n")
+    with_none = copy.versions()["dpo_policy"]
+    copy.edit("stages/dpo_policy.py", "X = None\n", "X = ''\n")
+    assert copy.versions()["dpo_policy"] != with_none
 
 
 def test_a_dependency_of_a_dependency_counts(copy: Copy) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from alignment_pipeline.code_version import stage_code_version
 from alignment_pipeline.graph import build_graph
 from alignment_pipeline.recipe import Recipe
 from app.definitions import build_definitions
@@ -73,10 +72,30 @@ def test_how_assets_are_labelled(definitions: dg.Definitions, smoke: Recipe) -> 
     for spec in definitions.resolve_all_asset_specs():
         asset = name_of(spec.key)
         assert (spec.group_name, list(spec.owners)) == ("smoke", ["team:alignment"])
-        assert spec.code_version == stage_code_version(nodes[asset].stage)
         assert spec.tags["alignment/stage"] == nodes[asset].stage
         assert {kind for kind, assets in KINDS.items() if asset in assets} <= spec.kinds
         assert spec.description and spec.description.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("override", "sections"),
+    [
+        ("dpo.beta=0.2", {"dpo"}),
+        ("dpo.checkpoint_every_s=1", set()),
+        ("evaluation.prompts=20", {"evaluation"}),
+        ("description=another", set()),
+        ("seed=1", {node.section for node in build_graph(find_recipe("smoke")).values()}),
+    ],
+)
+def test_a_keyed_value_changes_the_code_version_of_its_assets_and_no_other(
+    definitions: dg.Definitions, smoke: Recipe, override: str, sections: set[str]
+) -> None:
+    before, after = (
+        {name_of(spec.key): spec.code_version for spec in each.resolve_all_asset_specs()}
+        for each in (definitions, build_definitions([find_recipe("smoke", [override])]))
+    )
+    changed = {asset for asset in before if before[asset] != after[asset]}
+    assert changed == {node.asset for node in build_graph(smoke).values() if node.section in sections}
 
 
 def test_what_trains_or_generates_takes_a_slot_of_the_gpu_pool(definitions: dg.Definitions) -> None:

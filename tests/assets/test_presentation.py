@@ -1,7 +1,12 @@
 from pathlib import Path
 
+from alignment_pipeline.graph import build_graph
 from alignment_pipeline.progress import ProgressLog
-from assets.presentation import markdown_table, sparklines
+from app.recipes import find_recipe
+from assets.presentation import asset_metadata, made_from, markdown_table, sparklines
+from resources.artifact_store import ArtifactStore
+from resources.compute import Outcome
+from resources.runs import RunRecords
 
 
 def cells(table: str, row: int = 0) -> list[str]:
@@ -62,3 +67,42 @@ def test_a_stage_without_a_curve_shows_none(tmp_path: Path) -> None:
     log.close()
     assert sparklines(log.path) == ""
     assert sparklines(tmp_path / "absent.jsonl") == ""
+
+
+def test_parents_are_links_to_their_pages_with_what_was_read_of_them(smoke_home: Path) -> None:
+    current = RunRecords(smoke_home).current("smoke")
+    manifest = ArtifactStore(smoke_home).manifest(current["dpo_policy"])
+    table = made_from(manifest["inputs"], "smoke", build_graph(find_recipe("smoke"))["dpo_policy"])
+    head, _, *rows = table.splitlines()
+    assert head == "| input | made from | data version | artifact id |"
+    assert {row.split(" | ")[1] for row in rows} == {
+        f"[smoke/{parent}](/assets/smoke/{parent})"
+        for parent in ("preference_pairs", "reference_logprobs", "sft_model")
+    }
+    trunk = current["sft_model"]
+    assert (
+        f"| trunk | [smoke/sft_model](/assets/smoke/sft_model) | {trunk.data_version[:8]} | {trunk.artifact_id} |"
+        in rows
+    )
+
+
+def test_every_table_of_parents_is_short_enough_for_the_page(smoke_home: Path) -> None:
+    store, nodes = ArtifactStore(smoke_home), build_graph(find_recipe("smoke"))
+    for asset, ref in RunRecords(smoke_home).current("smoke").items():
+        longest = made_from(store.manifest(ref)["inputs"], "a_recipe_with_a_long_name", nodes[asset])
+        assert len(longest) < 1000, asset
+
+
+def test_a_file_is_named_with_what_it_held(smoke_home: Path) -> None:
+    store, ref = ArtifactStore(smoke_home), RunRecords(smoke_home).current("smoke")["human_preferences"]
+    table = made_from(store.manifest(ref)["inputs"], "smoke", build_graph(find_recipe("smoke"))["human_preferences"])
+    assert "| journal | journal.jsonl | e3b0c442 | (a file) |" in table.splitlines()
+
+
+def test_an_artifact_is_named_in_full(smoke_home: Path) -> None:
+    store, node = ArtifactStore(smoke_home), build_graph(find_recipe("smoke"))["instructions"]
+    ref = RunRecords(smoke_home).current("smoke")["instructions"]
+    outcome = Outcome(ref, store.path(ref), store.manifest(ref), False, ("data.max_chars 1 → 2",))
+    shown = {name: value.value for name, value in asset_metadata(outcome, "smoke", node, (), None).items()}
+    assert (shown["artifact id"], shown["data_version"], shown["key"]) == (ref.artifact_id, ref.data_version, ref.key)
+    assert shown["computed because"] == "data.max_chars 1 → 2" and "made from" not in shown

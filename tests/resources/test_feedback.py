@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_a_line_is_in_the_journal_once(inbox: FeedbackInbox) -> None:
     (inbox.inbox / "again.jsonl").write_bytes(b'{"n": 2}\n{"n": 1}\n')
     inbox.take_in()
     assert journal_lines(inbox) == [b'{"n": 1}', b'{"n": 1 }', b'{"n": 2}']
+
+
+def test_a_preview_says_what_taking_in_then_makes_of_the_journal_and_changes_nothing(inbox: FeedbackInbox) -> None:
+    assert inbox.preview() == (hashlib.sha256(b"").hexdigest(), 0)
+    inbox.journal.write_bytes(b'{"n": 1}\n{"n": 1}')
+    (inbox.inbox / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"n": 2}\r\n{"n": 1}\n{"n": "\xff"}')
+    (inbox.inbox / "b.jsonl").write_bytes(b'{"n": 3}\n{"n": 3}\n\n')
+    (inbox.inbox / ".c.jsonl").write_bytes(b"half writ")
+    before = sorted((path, path.stat().st_mtime_ns) for path in inbox.folder.rglob("*"))
+    sha256, added = inbox.preview()
+    assert sorted((path, path.stat().st_mtime_ns) for path in inbox.folder.rglob("*")) == before
+    assert (hashlib.sha256(inbox.take_in().read_bytes()).hexdigest(), len(journal_lines(inbox)) - 2) == (sha256, added)
+    assert added == 3 and inbox.preview() == (sha256, 0)
 
 
 def test_a_journal_edited_by_hand_without_a_last_line_end_is_not_glued_together(inbox: FeedbackInbox) -> None:
