@@ -6,6 +6,7 @@ A `key` names a computation (code, config, inputs, seed); a `data_version` names
 """
 
 import hashlib
+import itertools
 import json
 import math
 import struct
@@ -96,10 +97,10 @@ def all_files(directory: Path) -> list[Path]:
     return [path for path in sorted(directory.rglob("*")) if path.is_file() and path not in beside]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table written by `write_jsonl`."""
+def read_jsonl(path: Path, first: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a table written by `write_jsonl`, or its first few."""
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in itertools.islice(file, first)]
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

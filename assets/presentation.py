@@ -64,7 +64,7 @@ def asset_metadata(
         metadata[picture.stem.replace("_", " ")] = dg.MetadataValue.md(_picture(picture))
     for name in tables:
         path = outcome.folder / name
-        metadata[name] = dg.MetadataValue.md(markdown_table(read_jsonl(path)[:_ROWS]) if path.is_file() else "(none)")
+        metadata[name] = dg.MetadataValue.md(markdown_table(read_jsonl(path, _ROWS)) if path.is_file() else "(none)")
     if isinstance(wandb_run, Path):
         metadata["W&B run (offline)"] = dg.MetadataValue.path(str(wandb_run))
     elif wandb_run:
