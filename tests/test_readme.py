@@ -98,3 +98,28 @@ def test_the_queries_shown_in_the_operations_document_run(tmp_path: Path) -> Non
     assert queries
     for query in queries:
         assert Lineage(tmp_path).query(query) == []
+
+
+def test_the_views_and_statements_shown_in_the_lineage_document_are_there(tmp_path: Path) -> None:
+    from resources.lineage.index import Lineage
+
+    text = (REPOSITORY / "docs" / "lineage.md").read_text(encoding="utf-8")
+    lineage = Lineage(tmp_path)
+    table = text.split("| view | answers |")[1].split("\n\n")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    views = lineage.query("SELECT view_name AS name FROM duckdb_views() WHERE NOT internal")
+    assert named >= {view["name"] for view in views} - {"recipe_assets"}
+    statements = [*re.findall(r"```sql\n(.*?)```", text, re.DOTALL), *re.findall(r'connection\.sql\("([^"]+)"\)', text)]
+    assert len(statements) >= 2
+    for statement in [*statements, *(f"SELECT * FROM {name}" for name in sorted(named))]:
+        assert lineage.query(statement) == []
+
+
+@pytest.mark.parametrize("document", [REPOSITORY / "README.md", REPOSITORY / "docs" / "lineage.md"], ids=lambda path: path.name)
+def test_every_output_shown_is_of_a_command_that_is_accepted_and_was_filled_in(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- output: align (.*?) -->\n```\n(.*?)```", text, re.DOTALL)
+    assert shown and len(shown) == text.count("<!-- output:")
+    for command, output in shown:
+        parses(shlex.split(command))
+        assert output.strip(), command
