@@ -11,6 +11,7 @@ from rich.console import Console
 
 from alignment_pipeline.recipe import Recipe
 from app.recipes import select_assets
+from resources.artifact_store import short_id
 from resources.forecast import forecast
 from resources.runs import RunRecords
 
@@ -27,7 +28,7 @@ def explain_forecast(console: Console, home: Path, recipe: Recipe, select: Colle
     for verdict in verdicts:
         because = "; ".join(verdict.reasons)
         if verdict.artifact:
-            because = verdict.artifact.artifact_id + (f"; not the current one: {because}" if because else "")
+            because = short_id(verdict.artifact.artifact_id) + (f"; not the current one: {because}" if because else "")
         _say(console, verdict.asset, verdict.kind, because)
     counts = Counter(verdict.kind for verdict in verdicts)
     console.print(", ".join(f"{kind} {count}" for kind, count in counts.items()) + ".", highlight=False)
@@ -45,7 +46,7 @@ def explain_run(console: Console, home: Path, run_id: str, assets: Iterable[str]
         elif end["event"] == "failed":
             _say(console, asset, "failed", end["error"])
         elif end["reused"]:
-            _say(console, asset, "reused", made[asset].artifact_id)
+            _say(console, asset, "reused", short_id(made[asset].artifact_id))
         else:
             _say(console, asset, "computed", "; ".join(end["reasons"]))
 

@@ -13,7 +13,7 @@ from alignment_pipeline.graph import StageNode
 from alignment_pipeline.identity import EXTRAS, read_jsonl
 from alignment_pipeline.plots import telling_curves
 from alignment_pipeline.statistics import mean
-from resources.artifact_store import ArtifactRef
+from resources.artifact_store import ArtifactRef, short_id
 from resources.compute import Outcome
 
 _CELL_CHARS = 160
@@ -73,7 +73,7 @@ def asset_metadata(
 
 
 def made_from(inputs: Mapping[str, Mapping[str, str]], recipe: str, node: StageNode) -> str:
-    """A manifest's inputs as a table: parents as links to their asset pages, with artifact id and data version.
+    """A manifest's inputs as a table: parents as links to their asset pages, with shortened ids.
 
     The links begin at the web UI's own address, as it has no path prefix.
     """
@@ -82,7 +82,7 @@ def made_from(inputs: Mapping[str, Mapping[str, str]], recipe: str, node: StageN
         if name in node.inputs:
             key = f"{recipe}/{node.inputs[name]}"
             parent = ArtifactRef(**entry)
-            source, artifact, version = f"[{key}](/assets/{key})", parent.artifact_id, parent.data_version
+            source, artifact, version = f"[{key}](/assets/{key})", short_id(parent.artifact_id), parent.data_version
         else:
             source, artifact, version = Path(entry["path"]).name, "(a file)", entry["sha256"]
         rows.append({"input": name, "made from": source, "data version": version[:8], "artifact id": artifact})
