@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+import sqlalchemy.exc
 from rich.console import Console
 
-from alignment_pipeline.errors import RecipeError
+from alignment_pipeline.errors import RecipeError, StoreError
 from alignment_pipeline.recipe import Recipe
 from app.definitions import EXECUTOR_VARIABLE, build_definitions
 from app.live import LiveRun
@@ -22,7 +23,7 @@ from resources.artifact_store import ArtifactStore
 from resources.dagster_resources import require_executor, tracker_of
 from resources.home import alignment_home, prepare_home, use_dagster_instance
 from resources.leakage import with_leak_check
-from resources.runs import INTERRUPTED, RunRecords
+from resources.runs import FAILED, INTERRUPTED, RunRecords
 from resources.tracking import Tracking
 
 _TRACKING_WAIT_S = 10.0
@@ -65,6 +66,13 @@ def execute_run(
         with _logs_to(log, verbose) as terminal, LiveRun(terminal, runs.events_path(run_id), list(assets)) as live:
             success = _execute(recipe, assets, run_id, overrides)
         interrupted = runs.read(run_id)["status"] == INTERRUPTED  # Dagster reports it as a failed step
+    except sqlalchemy.exc.OperationalError as failure:
+        with contextlib.suppress(OSError):
+            runs.finish(run_id, FAILED)
+        raise StoreError(
+            f"Dagster's records in {home / 'dagster'} cannot be written ({failure.orig}). If the disk is full, free some "
+            "space or set ALIGNMENT_HOME to another disk; then run again. Artifacts and checkpoints are as they were."
+        ) from failure
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
         interrupted = True
     if interrupted:
@@ -73,7 +81,7 @@ def execute_run(
         return RunOutcome(run_id, 130, assets)
     _close_tracking(console, home)
     if not success:
-        runs.finish(run_id, "failed")
+        runs.finish(run_id, FAILED)
         blocked = list(_failed_blocking_checks(home, runs, run_id))
         for message in blocked:
             console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)

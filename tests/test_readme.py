@@ -115,7 +115,9 @@ def test_the_views_and_statements_shown_in_the_lineage_document_are_there(tmp_pa
         assert lineage.query(statement) == []
 
 
-@pytest.mark.parametrize("document", [REPOSITORY / "README.md", REPOSITORY / "docs" / "lineage.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [REPOSITORY / "README.md", REPOSITORY / "docs" / "lineage.md"], ids=lambda path: path.name
+)
 def test_every_output_shown_is_of_a_command_that_is_accepted_and_was_filled_in(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     shown = re.findall(r"<!-- output: align (.*?) -->\n```\n(.*?)```", text, re.DOTALL)

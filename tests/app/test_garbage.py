@@ -11,7 +11,7 @@ import duckdb
 import pytest
 
 from alignment_pipeline.identity import read_jsonl, write_jsonl
-from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.artifact_store import ArtifactRef, ArtifactStore, short_id
 from resources.leakage import CHECK
 from resources.lineage.index import Lineage
 from resources.runs import RunRecords
@@ -68,7 +68,7 @@ def test_a_changed_policys_old_bytes_go_and_come_back_when_the_change_is_reverte
 
     index = exported(home)
     shown = done_well(align(home, "gc"))
-    assert old.artifact_id in shown and "smoke/dpo_policy" in shown and "Deleted 1 model: " in shown
+    assert short_id(old.artifact_id) in shown and "smoke/dpo_policy" in shown and "Deleted 1 model: " in shown
     after = artifact_files(home)
     assert before - after == {weights} and after - before == {f"{found['path']}/collected.json"}
     assert exported(home) == index and all(index[name] for name in ("artifacts", "metrics", "evaluation_examples"))

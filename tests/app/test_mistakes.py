@@ -191,7 +191,7 @@ def test_a_leak_is_named_and_nothing_downstream_is_made(
     program = (
         "import sys, alignment_pipeline.stages.instructions as stage, app.cli\n"
         "names = ('train', 'train', 'validation', 'test')\n"
-        "stage._split = lambda row, *rest: names[row['source_line'] % 4]\n"
+        "stage._split = lambda texts, *rest: names[int(texts[2].split()[1]) % 4]\n"
         "sys.argv = ['align', *sys.argv[1:]]\n"
         "app.cli.main()\n"
     )
