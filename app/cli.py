@@ -1,6 +1,6 @@
 """`align`: run recipes, show results, chat with a policy, hand it on, check the algorithms, open the web UI.
 
-Heavy imports happen inside commands, so that `align --help` and mistakes answer at once.
+Imports happen inside commands, so that `align --help`, questions and mistakes answer at once.
 """
 
 import atexit
@@ -17,9 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment_pipeline.errors import AlignmentError
-from alignment_pipeline.graph import build_graph
-from app.recipes import all_recipes, find_recipe
-from app.results import load_results, print_results
 from resources.home import REPOSITORY, alignment_home, prepare_home, use_dagster_instance
 
 if TYPE_CHECKING:
@@ -62,6 +59,8 @@ def run(
 ) -> None:
     """Make a recipe's assets; what exists already is reused."""
     from app.explain import explain_forecast, explain_run
+    from app.recipes import find_recipe
+    from app.results import load_results, print_results
 
     loaded = find_recipe(recipe, overrides or [])
     if dry_run:
@@ -85,6 +84,9 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
+    from alignment_pipeline.graph import build_graph
+    from app.recipes import all_recipes
+
     table = Table("recipe", "description", "assets")
     for recipe in all_recipes():
         table.add_row(recipe.name, recipe.description, str(len(build_graph(recipe))))
@@ -98,6 +100,8 @@ def results(
     as_json: JsonOption = False,
 ) -> None:
     """Print the table of results."""
+    from app.recipes import all_recipes, find_recipe
+    from app.results import load_results, print_results
     from resources.runs import RunRecords
 
     home = alignment_home()
@@ -162,6 +166,7 @@ def chat(
 ) -> None:
     """Talk to a policy; a line is an instruction, or a text's beginning. Ends with an empty line or Ctrl-D."""
     from app.chat import chat_with
+    from app.recipes import find_recipe
 
     use_dagster_instance(alignment_home())
     chat_with(_console, find_recipe(recipe), policy, max_new_tokens, temperature, seed)
@@ -224,7 +229,7 @@ def why(
     from app.lineage import print_json, print_why
     from resources.lineage.questions import why as ask
 
-    answer = ask(_lineage(), find_recipe(recipe).name, metric, policy, _whole_id(run_id), all_ids)
+    answer = ask(_lineage(), recipe, metric, policy, _whole_id(run_id), all_ids)
     (print_json if as_json else print_why)(_console, answer)
 
 
@@ -277,6 +282,8 @@ def sql(
 @app.command()
 def dev(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 3000) -> None:
     """Open the Dagster web UI with every recipe and the runs that `align run` made."""
+    from app.recipes import all_recipes
+
     home = prepare_home(alignment_home())
     use_dagster_instance(home)
     all_recipes()
@@ -356,5 +363,8 @@ def _require_free(port: int) -> None:
 
 
 def _last_policy(recipe: str) -> str:
+    from alignment_pipeline.graph import build_graph
+    from app.recipes import find_recipe
+
     assets = build_graph(find_recipe(recipe))
     return next(name for name in ("dpo_policy", "ppo_policy", "sft_model", "base_model") if name in assets)

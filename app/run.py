@@ -70,8 +70,8 @@ def execute_run(
         with contextlib.suppress(OSError):
             runs.finish(run_id, FAILED)
         raise StoreError(
-            f"Dagster's records in {home / 'dagster'} cannot be written ({failure.orig}). If the disk is full, free some "
-            "space or set ALIGNMENT_HOME to another disk; then run again. Artifacts and checkpoints are as they were."
+            f"Dagster's records in {home / 'dagster'} cannot be written ({failure.orig}). If the disk is full, free "
+            "some space or set ALIGNMENT_HOME to another disk; then run again. Artifacts and checkpoints are as before."
         ) from failure
     except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError):
         interrupted = True

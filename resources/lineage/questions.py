@@ -181,8 +181,11 @@ def _number(connection: Connection, recipe: str, metric: str, policy: str | None
         [recipe, run_id],
     )
     if not known:
-        where = "yet" if run_id == CURRENT else f"in run {run_id}"
-        raise AlignmentError(f"No number of {recipe} is known {where}. Run `align run {recipe}` first.")
+        recipes = [entry["recipe"] for entry in rows(connection, "SELECT DISTINCT recipe FROM numbers ORDER BY ALL")]
+        where = "is current" if run_id == CURRENT else f"is in run {run_id}"
+        raise AlignmentError(
+            f"No number of {recipe!r} {where}; expected a recipe that has been run: {', '.join(recipes) or 'none has'}."
+        )
     named = [number for number in known if metric in (number["metric"], number["metric"].rpartition("/")[2])]
     if not named:
         metrics = ", ".join(sorted({number["metric"] for number in known}))

@@ -111,8 +111,8 @@ def test_an_earlier_run_is_asked_for_by_its_id(home: Path, lineage: Lineage) -> 
         (("smoke", "eval/win_rat"), "no metric 'eval/win_rat'; expected one of: .*eval/win_rate"),
         (("smoke", "eval/win_rate"), "known of base_model, dpo_policy, ppo_policy, sft_model. Choose one: --policy"),
         (("smoke", "eval/win_rate", "ppo"), "not known of 'ppo'; expected one of"),
-        (("tiny", "eval/win_rate"), "Run `align run tiny` first"),
-        (("smoke", "eval/win_rate", "ppo_policy", "nope"), "No number of smoke is known in run nope"),
+        (("tiny", "eval/win_rate"), "No number of 'tiny' is current; expected a recipe that has been run: smoke."),
+        (("smoke", "eval/win_rate", "ppo_policy", "nope"), "No number of 'smoke' is in run nope"),
     ],
 )
 def test_a_number_that_is_not_there_is_a_sentence(arguments: tuple[str, ...], message: str, lineage: Lineage) -> None:
