@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,3 +72,23 @@ def test_sql_is_answered_in_json_lines_and_cannot_write(smoke_home: Path, align:
     assert rows[0] == {"stage": "base_model", "n": 1} and sum(row["n"] for row in rows) == 17
     refused = align(smoke_home, "lineage", "sql", "DELETE FROM artifacts")
     assert refused.returncode == 1 and "cannot be answered" in refused.stderr
+
+
+def test_a_program_that_holds_the_index_stops_no_run_and_is_named_by_questions(copy_of_home: Path, align: Run) -> None:
+    lineage = Lineage(copy_of_home)
+    lineage.sync()
+    script = "import duckdb, sys, time; c = duckdb.connect(sys.argv[1]); print('held', flush=True); time.sleep(120)"
+    asked = ("why", "smoke", "eval/win_rate", "--policy", "ppo_policy", "--json")
+    command = [sys.executable, "-c", script, str(lineage.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            changed = ("--set", "evaluation.kl_budget_nats=29", "--select", "comparison")
+            done = align(copy_of_home, "run", "smoke", *changed)
+            assert done.returncode == 0 and "0 of 1 assets reused" in done.stdout, done.stdout + done.stderr
+            refused = align(copy_of_home, *asked)
+            assert refused.returncode == 1 and f"PID {holder.pid}" in refused.stderr, refused.stderr
+        finally:
+            holder.kill()
+    answer = json.loads(align(copy_of_home, *asked).stdout)
+    assert answer["artifacts"][answer["artifact"]]["config"]["kl_budget_nats"] == 29  # the index has caught up
