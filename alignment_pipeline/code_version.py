@@ -8,7 +8,7 @@ values are in the key themselves) and what only reports.
 import ast
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -60,13 +60,22 @@ def _path(module: str) -> Path | None:
 
 def _imports(module: str) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(_tree(module)):
+    for node in _import_statements(_tree(module)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
     return {name for name in found if name.split(".")[0] == _PACKAGE and _path(name) is not None}
+
+
+def _import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports wherever statements stand; expressions, most of a tree, hold none and are not entered."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _import_statements(child)
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def print_impact(console: Console, answer: Answer) -> None:
         table.add_column("model", no_wrap=True)
         released = any(entry["releases"] for entry in answer["learned"])
         for column in ("learned from it", "is now", *(["released as"] if released else [])):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         words = _LEARNED_PAIR if all(row["kind"] == "pair" for row in answer["found"]) else _LEARNED_HOW
         for entry in answer["learned"]:
             through = sorted({artifact.split("/")[0] for artifact in entry["through"]})
