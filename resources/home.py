@@ -28,6 +28,11 @@ def prepare_home(home: Path) -> Path:
     Raises:
         StoreError: It cannot be created or written to.
     """
+    if "?" in str(home):
+        raise StoreError(
+            f"{home}: found a ? in the path, which DuckDB takes for the end of a file's name. "
+            f"Set {_ENVIRONMENT_VARIABLE} to another folder."
+        )
     try:
         for name in ("artifacts", "work", "runs", "current", "leases", "dagster"):
             (home / name).mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,11 @@ from typing import IO, Any
 import duckdb
 
 from alignment_pipeline.errors import AlignmentError, StoreError
-from resources.artifact_store import is_alive
 from resources.lineage import reading, schema
 
 REBUILD_COMMAND = "align lineage rebuild"
+_REQUEST_S = 2.0
+"""How long a query leaves files to the process that waits to index them."""
 
 # Extensions are never fetched: an index must not need a network. A reader's SQL may touch nothing but the index.
 _WRITER_SETTINGS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
@@ -46,6 +47,8 @@ _MISFITS = (
     TypeError,
     ValueError,
     AttributeError,
+    OSError,
+    RecursionError,
 )
 """What one malformed artifact or record raises while it is indexed. The others are indexed all the same."""
 
@@ -115,8 +118,7 @@ class Lineage:
                     with self._opened(self.path, lock.deadline, read_only=True) as connection:
                         if self._is_complete(connection):
                             return 0
-        request = self._request(only or ())
-        with self._locked(exclusive=True) as lock:
+        with self._requested_by_us(only or ()) as request, self._locked(exclusive=True) as lock:
             if request is not None and not request.exists():
                 return 0  # whoever held the lock meanwhile has indexed these files with its own
             return self._catch_up(lock.deadline, only)
@@ -197,33 +199,46 @@ class Lineage:
                     total.update(repr(batch).encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
-    def _request(self, paths: Collection[str]) -> Path | None:
+    @contextlib.contextmanager
+    def _requested_by_us(self, paths: Collection[str]) -> Iterator[Path | None]:
         """Leave word of files to index, for whoever writes next: opening the index costs more than adding to it."""
         if not paths:
-            return None
+            yield None
+            return
         self._requests.mkdir(parents=True, exist_ok=True)
-        request = self._requests / f"{os.getpid()}-{uuid.uuid4().hex}"
+        request = self._requests / uuid.uuid4().hex
         beside = request.with_name(f".{request.name}")
         beside.write_text("\n".join(paths), encoding="utf-8")
-        return beside.replace(request)
+        beside.replace(request)
+        try:
+            yield request
+        finally:
+            request.unlink(missing_ok=True)
 
     def _requested(self) -> set[str]:
-        """Files that living processes are about to index; a query need not wait for what is not finished."""
-        paths: set[str] = set()
+        """Files that processes are about to index; a query need not wait for what is not finished.
+
+        An older request is of a process that was killed, or that is held up and need not be waited for.
+        """
+        return set(itertools.chain.from_iterable(self._read_requests(_REQUEST_S).values()))
+
+    def _read_requests(self, age_s: float = float("inf")) -> dict[Path, list[str]]:
+        """Requests that are younger than this, and the files that each names."""
+        found = {}
         for request in self._requests.glob("[!.]*"):
-            if is_alive(int(request.name.split("-")[0])):
-                with contextlib.suppress(FileNotFoundError):  # done since it was listed
-                    paths.update(request.read_text(encoding="utf-8").split("\n"))
-        return paths
+            with contextlib.suppress(FileNotFoundError):  # done or given up since it was listed
+                if time.time() - request.stat().st_mtime < age_s:
+                    found[request] = request.read_text(encoding="utf-8").split("\n")
+        return found
 
     def _catch_up(self, deadline: float, only: Collection[str] | None, *, anew: bool = False) -> int:
         """Bring the file up to date, or make it; returns how many artifacts were added."""
-        requests = {path: path.read_text(encoding="utf-8").split("\n") for path in self._requests.glob("[!.]*")}
+        requests = self._read_requests()
         if only is not None:
             only = {*only, *itertools.chain.from_iterable(requests.values())}
         added, problems = self._build(deadline) if anew else self._update(deadline, only)
         for path in requests:
-            path.unlink()
+            path.unlink(missing_ok=True)
         if problems:
             raise _MalformedError(
                 f"{len(problems)} malformed files of the home are not in the lineage index; everything else is. "
@@ -408,13 +423,15 @@ def _index(connection: duckdb.DuckDBPyConnection, home: Path, backlog: _Backlog)
             with _transaction(connection):
                 reading.add(connection, home, path, stamp)
             added += reading.is_manifest(path)
-        except _MISFITS as error:
+        except FileNotFoundError:
+            continue  # it went since it was listed
+        except (*_MISFITS, duckdb.IOException) as error:
+            if isinstance(error, duckdb.IOException) and str(home / "artifacts") not in str(error):
+                raise  # the index's own file, not a table that it reads
             problem = f"{type(error).__name__}: {error}"
             problems.append(f"{home / path}: {problem}")
             with _transaction(connection):
                 connection.execute("INSERT INTO indexed_files VALUES (?, ?, ?)", [path, stamp, problem])
-        except FileNotFoundError:
-            continue  # it went since it was listed
     if backlog.gone:
         with _transaction(connection):
             reading.sweep(connection)

@@ -13,6 +13,7 @@ import duckdb
 
 from alignment_pipeline.errors import AlignmentError
 from alignment_pipeline.identity import file_sha256
+from alignment_pipeline.statistics import wilson_interval
 from resources.lineage.index import Lineage, rows
 
 Answer = dict[str, Any]
@@ -30,6 +31,7 @@ _FROM_EXAMPLES = {
     "eval/eos_rate": "ended::DOUBLE",
 }
 """Metrics that are means over an evaluation's examples, and what is averaged."""
+_RATES = frozenset({"eval/eos_rate"})
 
 
 def why(
@@ -80,8 +82,8 @@ def impact(lineage: Lineage, thing: str) -> Answer:
 
     Args:
         lineage: The index.
-        thing: Id of a row, a pair or a prompt, or FILE:LINE of a data file (the file is known by its content, wherever
-            it lies now, or by its path).
+        thing: Id of a row, a pair or a prompt, or FILE:LINE of a file that a recipe's data was read from. A file that
+            is there is known by its content, wherever it lies; one that is not, by the path that it had.
 
     Returns:
         `found` (the rows and pairs with their splits), `quarantined` (why a line was refused), `learned` (every model
@@ -97,10 +99,11 @@ def impact(lineage: Lineage, thing: str) -> Answer:
         if not found and not quarantined:
             raise AlignmentError(
                 f"Nothing in the lineage is called {thing!r}; expected the id of a row, a pair or a prompt, or "
-                "FILE:LINE of a data file that a recipe has read. `align why` shows ids."
+                "FILE:LINE of a file that a recipe's data was read from. `align why` shows ids."
             )
         row_ids = sorted({row["row_id"] for row in found})
-        prompt_ids = sorted({row["prompt_id"] for row in found})
+        cut = rows(connection, "SELECT prompt_id FROM formatted_prompts WHERE row_id IN ?", [row_ids])
+        prompt_ids = sorted({row["prompt_id"] for row in [*found, *cut]})
         learned = _learners(connection, row_ids)
         asked = rows(
             connection,
@@ -278,8 +281,10 @@ def _examples(connection: Connection, number: Answer) -> Answer | None:
 
 
 def _interval(connection: Connection, number: Answer, examples: Answer | None) -> list[float] | None:
-    """95%: the comparison's own for a win rate, the mean's (normal) for what is averaged over examples."""
+    """95%: the comparison's own for a win rate, Wilson's for another rate, the normal one for a mean over examples."""
     error = (examples or {}).get("standard_error")
+    if examples and number["metric"] in _RATES:
+        return list(wilson_interval(number["value"], examples["count"]))
     if error is not None:
         return [number["value"] - Z_95 * error, number["value"] + Z_95 * error]
     name = number["metric"].rpartition("/")[2]
@@ -299,7 +304,8 @@ def _rows_of(connection: Connection, thing: str) -> tuple[list[Answer], list[Ans
     found = rows(
         connection,
         "SELECT 'row' AS kind, row_id, prompt_id, split, source, source_line, instruction AS prompt, output AS text, "
-        "artifact_id FROM dataset_rows WHERE row_id = $id OR prompt_id = $id UNION ALL BY NAME "
+        "artifact_id FROM dataset_rows WHERE row_id = $id OR prompt_id = $id OR row_id IN "
+        "(SELECT row_id FROM formatted_prompts WHERE prompt_id = $id) UNION ALL BY NAME "
         "SELECT 'pair' AS kind, pair_id AS row_id, prompt_id, split, source, prompt, chosen AS text, artifact_id "
         "FROM preference_pairs WHERE pair_id = $id ORDER BY kind DESC, artifact_id, row_id, split",
         {"id": thing},
@@ -308,17 +314,7 @@ def _rows_of(connection: Connection, thing: str) -> tuple[list[Answer], list[Ans
 
 
 def _rows_of_line(connection: Connection, file: str, line: int) -> tuple[list[Answer], list[Answer]]:
-    path = Path(file)
-    sha256 = file_sha256(path) if path.is_file() else ""
-    artifacts = [
-        entry["artifact_id"]
-        for entry in rows(
-            connection,
-            "SELECT artifact_id FROM input_files WHERE name = 'source' AND (sha256 = ? OR path = ? OR "
-            "ends_with(path, ?))",
-            [sha256, file, f"/{path.name}" if not sha256 else "\n"],
-        )
-    ]
+    artifacts = _artifacts_of_file(connection, file)
     found = rows(
         connection,
         "SELECT 'row' AS kind, row_id, prompt_id, split, source, source_line, instruction AS prompt, output AS text, "
@@ -332,6 +328,29 @@ def _rows_of_line(connection: Connection, file: str, line: int) -> tuple[list[An
         [line, artifacts],
     )
     return found, quarantined
+
+
+def _artifacts_of_file(connection: Connection, file: str) -> list[str]:
+    """What was read from a data file: by its content, or by the path that it lay at if it is not there.
+
+    Raises:
+        AlignmentError: The file holds something else now, or was never read.
+    """
+    read = rows(connection, "SELECT artifact_id, sha256, path FROM input_files WHERE name = 'source' ORDER BY ALL")
+    path = Path(file)
+    if path.is_file():
+        sha256 = file_sha256(path)
+        same = [entry["artifact_id"] for entry in read if entry["sha256"] == sha256]
+        if not same and any(Path(entry["path"]).resolve() == path.resolve() for entry in read):
+            raise AlignmentError(
+                f"{file} was changed since a recipe has read it, so that its lines are others. Ask by a row's id."
+            )
+    else:
+        same = [entry["artifact_id"] for entry in read if entry["path"] == file]
+    if not same:
+        files = ", ".join(sorted({entry["path"] for entry in read})) or "none"
+        raise AlignmentError(f"No recipe has read its data from {file}; expected one of: {files}.")
+    return same
 
 
 def _learners(connection: Connection, row_ids: Sequence[str]) -> list[Answer]:

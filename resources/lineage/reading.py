@@ -6,6 +6,7 @@ beside it, a run record, what is current, a release, or a journal of votes.
 
 import contextlib
 import fnmatch
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,13 @@ _DROPPED = """
     FROM read_json($path, format = 'newline_delimited', hive_partitioning = false, columns = {
         id: 'VARCHAR', reason: 'VARCHAR'})
 """
+_PROMPTS_OF_TEXTS = """
+    INSERT INTO formatted_prompts
+    SELECT $artifact, id, prompt_id
+    FROM read_json($path, format = 'newline_delimited', hive_partitioning = false, columns = {
+        id: 'VARCHAR', prompt_id: 'VARCHAR', instruction: 'VARCHAR'})
+    WHERE instruction = ''
+"""
 _EXAMPLES = """
     INSERT INTO evaluation_examples
     SELECT $artifact, prompt_id, prompt, reference, response, judge, judge_score, learned_score, kl_nats, tokens, ended,
@@ -71,7 +79,12 @@ _ROLLOUTS = """
 """
 _TABLES: Mapping[str, tuple[tuple[str, str, Mapping[str, str | None]], ...]] = {
     "instructions": (("rows.jsonl", _ROWS, {}), ("quarantine.jsonl", _QUARANTINE, {})),
-    "formatted_dataset": (("dropped.jsonl", _DROPPED, {}),),
+    "formatted_dataset": (
+        ("dropped.jsonl", _DROPPED, {}),
+        ("train.jsonl", _PROMPTS_OF_TEXTS, {}),
+        ("validation.jsonl", _PROMPTS_OF_TEXTS, {}),
+        ("test.jsonl", _PROMPTS_OF_TEXTS, {}),
+    ),
     "human_preferences": (("pairs.jsonl", _PAIRS, {"split": None}), ("quarantine.jsonl", _QUARANTINE, {})),
     "preference_pairs": (
         ("train.jsonl", _PAIRS, {"split": "train"}),
@@ -84,7 +97,8 @@ _TABLES: Mapping[str, tuple[tuple[str, str, Mapping[str, str | None]], ...]] = {
 
 _OF_ARTIFACTS = (
     "artifact_inputs", "input_files", "artifact_files", "metrics", "results", "checks", "dataset_rows", "dropped_rows",
-    "quarantined_rows", "preference_pairs", "rollouts", "evaluations", "evaluation_examples", "comparison_rows",
+    "formatted_prompts", "quarantined_rows", "preference_pairs", "rollouts", "evaluations",
+    "evaluation_examples", "comparison_rows",
 )  # fmt: skip
 _FROM_MANIFEST = (
     "code_version", "code", "config", "seed", "created_at", "wall_s", "git_commit", "device", "python", "packages",
@@ -183,7 +197,8 @@ def sweep(connection: duckdb.DuckDBPyConnection) -> None:
         f"(SELECT artifact_id FROM ({named}) WHERE artifact_id IS NOT NULL)"
     )
     connection.execute(
-        "DELETE FROM runs WHERE run_id NOT IN (SELECT regexp_extract(path, '^runs/(.*)\\.json$', 1) FROM indexed_files)"
+        "DELETE FROM runs WHERE run_id NOT IN "
+        "(SELECT regexp_extract(path, '^runs/(.*)\\.json$', 1) FROM indexed_files WHERE problem IS NULL)"
     )
 
 
@@ -220,7 +235,8 @@ def _add_tables(
     for name, statement, values in _TABLES.get(stage, ()):
         if (folder / name).is_file():
             source = {"source": _source(folder)} if statement is _ROWS else {}
-            connection.execute(statement, {"artifact": artifact_id, "path": str(folder / name), **values, **source})
+            path = glob.escape(str(folder / name))  # DuckDB takes special characters of a path for a pattern
+            connection.execute(statement, {"artifact": artifact_id, "path": path, **values, **source})
     if stage == "evaluation" and (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         evaluation = (edges.get("policy"), summary.get("judge"), summary.get("prompts"))

@@ -119,6 +119,14 @@ CREATE TABLE dropped_rows (
     reason      VARCHAR
 );
 
+-- Prompts of plain texts (`data.text_field`): their beginnings, which a `formatted_dataset` has cut off. Everything after it
+-- knows such a prompt by this id, and `dataset_rows` has the whole text's.
+CREATE TABLE formatted_prompts (
+    artifact_id VARCHAR NOT NULL REFERENCES artifacts (artifact_id),
+    row_id      VARCHAR NOT NULL,
+    prompt_id   VARCHAR NOT NULL
+);
+
 -- Input rows that a stage refused, and why.
 CREATE TABLE quarantined_rows (
     artifact_id VARCHAR NOT NULL REFERENCES artifacts (artifact_id),
@@ -274,15 +282,13 @@ UNION ALL
 SELECT recipe, 'current', asset, artifact_id FROM current_assets;
 
 -- Every number of a recipe and the artifact it is a result of: final metrics of each asset, and the comparison's table.
--- policy is what the number is about.
+-- policy is what the number is about: of an evaluation the policy's stage, else the asset.
 CREATE OR REPLACE VIEW numbers AS
-SELECT ra.recipe, ra.run_id, ra.asset, coalesce(policy.asset, ra.asset) AS policy, results.name AS metric, results.value,
-       ra.artifact_id
+SELECT ra.recipe, ra.run_id, ra.asset, coalesce(split_part(evaluations.policy_artifact_id, '/', 1), ra.asset) AS policy,
+       results.name AS metric, results.value, ra.artifact_id
 FROM recipe_assets AS ra
 JOIN results ON results.artifact_id = ra.artifact_id
 LEFT JOIN evaluations ON evaluations.artifact_id = ra.artifact_id
-LEFT JOIN recipe_assets AS policy
-       ON policy.recipe = ra.recipe AND policy.run_id = ra.run_id AND policy.artifact_id = evaluations.policy_artifact_id
 WHERE ra.asset <> 'comparison'
 UNION ALL
 SELECT ra.recipe, ra.run_id, ra.asset, cells.policy, 'eval/' || cells.name, cells.value, ra.artifact_id
@@ -305,6 +311,12 @@ JOIN evaluation_examples AS theirs
   ON theirs.artifact_id = their_edge.input_artifact_id AND theirs.prompt_id = ours.prompt_id
 WHERE cells.name = 'opponent';
 
+-- The ids that a row's prompt is known by: a plain text has one as a whole, and one for each way its beginning was cut off.
+CREATE OR REPLACE VIEW row_prompts AS
+SELECT row_id, prompt_id, artifact_id FROM dataset_rows
+UNION ALL
+SELECT row_id, prompt_id, artifact_id FROM formatted_prompts;
+
 -- Preference pairs with the model that sampled their responses; sampled_by is NULL where people voted. In a pair of source
 -- `dataset` the chosen response is the dataset's and only the rejected one was sampled.
 CREATE OR REPLACE VIEW pairs_with_sampler AS
@@ -322,12 +334,14 @@ FROM dataset_rows AS rows
 JOIN artifact_inputs AS edge ON edge.input_artifact_id = rows.artifact_id AND edge.name = 'instructions'
 WHERE rows.split = 'train' AND edge.artifact_id LIKE 'base_model/%'
 UNION ALL
-SELECT learner.artifact_id, 'training_row', rows.row_id, rows.prompt_id, rows.artifact_id
+SELECT learner.artifact_id, 'training_row', rows.row_id, coalesce(prompts.prompt_id, rows.prompt_id), rows.artifact_id
 FROM dataset_rows AS rows
 JOIN artifact_inputs AS formatted ON formatted.input_artifact_id = rows.artifact_id AND formatted.name = 'instructions'
 JOIN artifact_inputs AS learner ON learner.input_artifact_id = formatted.artifact_id AND learner.name = 'dataset'
 LEFT JOIN dropped_rows AS dropped
        ON dropped.artifact_id = formatted.artifact_id AND dropped.row_id = rows.row_id
+LEFT JOIN formatted_prompts AS prompts
+       ON prompts.artifact_id = formatted.artifact_id AND prompts.row_id = rows.row_id
 WHERE rows.split = 'train' AND learner.artifact_id LIKE 'sft_model/%' AND dropped.row_id IS NULL
 UNION ALL
 SELECT edge.artifact_id, 'preference_pair', pairs.pair_id, pairs.prompt_id, pairs.artifact_id
@@ -345,7 +359,7 @@ WITH touched AS NOT MATERIALIZED (
     FROM training_rows AS training WHERE training.kind <> 'rollout'
     UNION
     SELECT rows.row_id, rows.prompt_id, training.kind, training.artifact_id
-    FROM dataset_rows AS rows JOIN training_rows AS training ON training.prompt_id = rows.prompt_id
+    FROM row_prompts AS rows JOIN training_rows AS training ON training.prompt_id = rows.prompt_id
     WHERE training.kind IN ('preference_pair', 'rollout')
 )
 SELECT row_id, prompt_id, kind, artifact_id, split_part(artifact_id, '/', 1) AS stage, 0 AS depth,

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from alignment_pipeline.classifier import ClassifierScorer
+from alignment_pipeline.identity import read_jsonl
+from resources.lineage.index import Lineage
+from resources.lineage.questions import impact
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -99,3 +102,20 @@ def test_an_unknown_label_of_a_given_classifier_is_one_message(home: Path, recip
     (message,) = [line for line in done.stdout.splitlines() if line.startswith("Error")]
     assert message.startswith("Error in reward_classifier: reward_classifier.label: found 'POSITIVE', but ")
     assert "has the labels BAD, GOOD" in message
+
+
+def test_lineage_knows_a_text_by_its_beginning_too(home: Path) -> None:
+    lineage = Lineage(home)
+    (asked,) = lineage.query("SELECT any_value(prompt_id) AS prompt_id FROM evaluation_examples")
+    answer = impact(lineage, asked["prompt_id"])
+    assert {row["split"] for row in answer["found"]} == {"test"} and answer["learned"] == []
+    assert {name for entry in answer["asked"] for name in entry["assets"]} >= {"texts/ppo_evaluation"}
+    (test_row,) = {row["row_id"] for row in answer["found"]}
+    assert impact(lineage, test_row)["asked"] == answer["asked"]
+
+    (sampled,) = lineage.query("SELECT min(prompt_id) AS prompt_id FROM rollouts")
+    formatted = next((home / "artifacts" / "formatted_dataset").glob("*/*/train.jsonl"))
+    row = next(row for row in read_jsonl(formatted) if row["prompt_id"] == sampled["prompt_id"])
+    learned = {entry["stage"]: entry["kinds"] for entry in impact(lineage, row["id"])["learned"]}
+    assert learned["ppo_policy"] == ["rollout"] and learned["base_model"] == ["pretraining_row"]
+    assert lineage.query("SELECT * FROM leaked_prompts") == []

@@ -98,7 +98,9 @@ def add_pipeline(home: Path) -> dict[str, str]:
     )  # fmt: skip
     ids["formatted"] = add_artifact(
         home, "formatted_dataset", "formatted", {"instructions": reference("instructions", "rows")},
-        {"dropped.jsonl": [{"id": "r3", "reason": "too_long", "prompt_tokens": 9, "completion_tokens": 9}]},
+        {"dropped.jsonl": [{"id": "r3", "reason": "too_long", "prompt_tokens": 9, "completion_tokens": 9}],
+         "train.jsonl": [{"id": "r1", "prompt_id": "p1", "instruction": "i"},
+                         {"id": "t1", "prompt_id": "beginning", "instruction": ""}]},
     )  # fmt: skip
     progress = [step("train", 2, loss=1.0), step("train", 1, loss=3.0), {"kind": "note", "time": 1.0, "text": "hello"},
                 step("train", 2, loss=2.0), step("evaluate", 1), step("evaluate", 2, nats=float("nan"))]  # fmt: skip
@@ -160,7 +162,7 @@ def content_of(path: Path) -> str:
     """Hash of every row of every table, whatever order they were added in."""
     with duckdb.connect(str(path), read_only=True) as connection:
         tables = sorted(row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall())
-        assert len(tables) == 22
+        assert len(tables) == 23
         rows = {name: connection.execute(f"SELECT * FROM {name} ORDER BY ALL").fetchall() for name in tables}
     assert all(rows.values()), "a table that is empty here would hide what is not indexed"
     return hashlib.sha256(repr(rows).encode("utf-8")).hexdigest()
@@ -231,6 +233,9 @@ def test_each_part_of_an_artifact_is_found_in_its_table(home: Path, pipeline: di
     assert lineage.query("SELECT update_number, prompt_id, response, score FROM rollouts") == [
         {"update_number": 1, "prompt_id": "p1", "response": UNICODE, "score": 0.5}
     ]
+    assert lineage.query("SELECT row_id, prompt_id FROM formatted_prompts") == [
+        {"row_id": "t1", "prompt_id": "beginning"}
+    ]  # fmt: skip
     assert lineage.query("SELECT row_id, reason FROM dropped_rows") == [{"row_id": "r3", "reason": "too_long"}]
     assert lineage.query("SELECT release_id, artifact_id, released_by FROM releases") == [
         {"release_id": "v1", "artifact_id": pipeline["dpo"], "released_by": "ana"}
@@ -534,6 +539,64 @@ def test_one_malformed_artifact_does_not_keep_the_others_out(home: Path, pipelin
     with pytest.raises(StoreError, match="3 malformed files"):
         lineage.sync()
     assert lineage.query("SELECT count(*) AS n FROM artifacts WHERE in_store") == [{"n": len(pipeline)}]
+
+
+def test_a_sibling_whose_name_matches_the_homes_as_a_pattern_is_not_read(home: Path, pipeline: dict[str, str]) -> None:
+    sibling = home.with_name("split=x1 's" + "'")
+    shutil.copytree(home, sibling)
+    rows = sibling / "artifacts" / pipeline["instructions"] / "rows.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    assert Lineage(home).query("SELECT count(*) AS n FROM dataset_rows") == [{"n": 3}]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, None], ids=["torn", "list", "deep", "folder"])
+def test_a_run_record_that_became_malformed_is_left_out_and_nothing_else(
+    content: str | None, home: Path, pipeline: dict[str, str]
+) -> None:
+    lineage = Lineage(home)
+    lineage.sync()
+    record = home / "runs" / "run1.json"
+    record.unlink()
+    if content is None:
+        record.mkdir()
+    else:
+        record.write_text(content)
+    with pytest.raises(StoreError, match="1 malformed files"):
+        lineage.sync()
+    assert lineage.query("SELECT * FROM runs") == []
+    assert len(lineage.query("SELECT * FROM artifacts")) == len(pipeline)
+    assert lineage.sync() == 0  # it is not tried again until it changes
+    grown = lineage.content_sha256()
+    with pytest.raises(StoreError, match="1 malformed files"):
+        lineage.rebuild()
+    assert lineage.content_sha256() == grown
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_what_a_failed_sync_was_to_add_is_added_by_the_next_question(home: Path) -> None:
+    lineage = Lineage(home, timeout_s=0.2)
+    lineage.sync()
+    added = add_artifact(home, "sft_model", "late")
+    with (home / "lineage.duckdb.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert lineage.try_sync(only=[f"artifacts/{added}/manifest.json"]) is not None
+    found = "SELECT in_store FROM artifacts WHERE artifact_id = ?"
+    assert lineage.query(found, [added]) == [{"in_store": True}]
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_what_a_killed_process_was_to_add_is_not_waited_for(home: Path) -> None:
+    lineage = Lineage(home)
+    lineage.sync()
+    added = add_artifact(home, "sft_model", "orphan")
+    request = home / "lineage.requests" / "of a process that was killed"
+    request.parent.mkdir(exist_ok=True)
+    request.write_text(f"artifacts/{added}/manifest.json")
+    found = "SELECT in_store FROM artifacts WHERE artifact_id = ?"
+    assert lineage.query(found, [added]) == []  # somebody may be about to add it
+    os.utime(request, (time.time() - 60, time.time() - 60))
+    assert lineage.query(found, [added]) == [{"in_store": True}]
+    assert not request.exists()
 
 
 def test_a_store_without_anything_has_an_empty_index(home: Path) -> None:

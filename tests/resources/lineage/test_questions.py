@@ -13,6 +13,7 @@ import pytest
 from alignment_pipeline.errors import AlignmentError
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.prompts import format_prompt, normalised
+from alignment_pipeline.statistics import wilson_interval
 from resources.artifact_store import ArtifactRef
 from resources.lineage.index import Lineage
 from resources.lineage.questions import diff, impact, why
@@ -260,8 +261,30 @@ def test_a_line_of_a_file_is_found_wherever_the_file_lies_now(copy_of_home: Path
         answer = impact(lineage, f"{named}:{line}")
         assert [row["text"] for row in answer["found"]] == [rows[line - 1]["output"]]
         assert {entry["stage"] for entry in answer["learned"]} >= {"base_model"}
+    gone = impact(lineage, f"{data}:{line}")  # by the path that it had
+    assert [row["text"] for row in gone["found"]] == [rows[line - 1]["output"]]
     refused = impact(lineage, f"{moved}:{BAD_LINE}")
     assert refused["found"] == [] and [entry["reason"] for entry in refused["quarantined"]] == ["invalid_json"]
-    for nothing in (f"{moved}:9999", "elsewhere.jsonl:1", "0123456789abcdef"):
+    for nothing in (f"{moved}:9999", "0123456789abcdef"):
         with pytest.raises(AlignmentError, match="expected the id of a row, a pair or a prompt, or FILE:LINE"):
             impact(lineage, nothing)
+    for other in ("elsewhere.jsonl", data.name, f"/elsewhere/{data.name}"):
+        with pytest.raises(AlignmentError, match=f"No recipe has read its data from {other}; expected one of: {data}"):
+            impact(lineage, f"{other}:{line}")
+    data.write_text("a line in front\n" + moved.read_text())
+    with pytest.raises(AlignmentError, match="was changed since a recipe has read it"):
+        impact(lineage, f"{data}:{line}")
+
+
+def test_a_run_of_an_evaluation_alone_still_knows_the_policy(copy_of_home: Path, align: Run) -> None:
+    done = align(copy_of_home, "run", "smoke", "--select", "dpo_evaluation")
+    assert done.returncode == 0
+    run = runs(copy_of_home)[-1]
+    lineage = Lineage(copy_of_home)
+    part = why(lineage, "smoke", "judge_score", "dpo_policy", run=run)
+    assert part["value"] == why(lineage, "smoke", "judge_score", "dpo_policy")["value"]
+
+
+def test_a_rate_has_wilsons_interval(lineage: Lineage) -> None:
+    answer = why(lineage, "smoke", "eos_rate", "dpo_policy")
+    assert answer["interval"] == list(wilson_interval(answer["value"], 24))
