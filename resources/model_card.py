@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from alignment_pipeline.prompts import format_prompt
-from alignment_pipeline.recipe import PATH_KEYS
+from resources.overrides import names_files
 from resources.policy_record import Check, Made, PolicyRecord
 
 _METHODS = {
@@ -136,7 +136,8 @@ def _base(record: PolicyRecord) -> str:
 
 def _usage(record: PolicyRecord) -> str:
     recipe = record.recipe
-    if recipe.data.text_field:
+    data = record.lineage["instructions"].manifest["config"] if "instructions" in record.lineage else {}
+    if data.get("text_field", recipe.data.text_field):
         prompt = "The beginning of a text"
         template = "The model continues a text; the prompt is the beginning of it, without a template."
     else:
@@ -145,8 +146,9 @@ def _usage(record: PolicyRecord) -> str:
             "The prompt has to be in the template that the model was trained with. A text that the instruction works "
             "on stands below a line `### Input:` of its own, before `### Response:`."
         )
-    sampling = f"do_sample=True, temperature={recipe.evaluation.temperature:g}, top_k=0"
-    if recipe.evaluation.temperature == 0:
+    evaluation = record.measured.evaluation.manifest["config"] if record.measured else recipe.evaluation.keyed_values()
+    sampling = f"do_sample=True, temperature={evaluation['temperature']:g}, top_k=0"
+    if evaluation["temperature"] == 0:
         sampling = "do_sample=False"
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,7 +157,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 prompt = {json.dumps(prompt)}
 tokens = tokenizer(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-answer = model.generate(**tokens, max_new_tokens={recipe.evaluation.max_new_tokens}, {sampling})
+answer = model.generate(**tokens, max_new_tokens={evaluation["max_new_tokens"]}, {sampling})
 print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))"""
     return (
         f"`align export {recipe.name} {record.policy} FOLDER` writes the model as a folder of safetensors, which "
@@ -233,9 +235,14 @@ def _source(record: PolicyRecord, made: Made) -> str:
 
 def _trained_on(record: PolicyRecord) -> Iterable[str]:
     """A paragraph for each kind of material that training read."""
+    if "instructions" in record.lineage["base_model"].manifest["inputs"]:
+        rows = record.lineage["instructions"].manifest["metrics"]["data/train"]
+        yield f"The base model was pretrained on the texts of the train split's {rows:,.0f} rows, of whatever length."
     if (dataset := record.lineage.get("formatted_dataset")) is not None:
         rows = dataset.manifest["metrics"]["data/train"]
-        yield f"The train split has {rows:,.0f} rows within the length limits; training and sampling read those only."
+        yield (
+            f"The train split has {rows:,.0f} rows within the length limits; fine-tuning and sampling read those only."
+        )
     if (pairs := record.lineage.get("preference_pairs")) is not None:
         metrics = pairs.manifest["metrics"]
         labels = record.lineage.get("preference_labels")
@@ -328,7 +335,7 @@ def _licences(record: PolicyRecord) -> str:
 def _reproduction(record: PolicyRecord) -> str:
     options = [f"--set {shlex.quote(override)}" for override in record.overrides]
     command = " ".join(["align", "run", record.recipe.name, *options])
-    files = any(override.partition("=")[0].rpartition(".")[2] in PATH_KEYS for override in record.overrides)
+    files = any(names_files(override) for override in record.overrides)
     where = " Files are named without their folders; their sha256 are above." if files else ""
     return (
         f"```\n{command}\n```\n\nWith the code, the library versions and the kind of device named above this makes the "

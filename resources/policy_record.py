@@ -5,18 +5,20 @@ The words for people are in `model_card`.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment_pipeline.errors import MissingArtifactError
-from alignment_pipeline.graph import build_graph, evaluation_asset, trunk_asset
+from alignment_pipeline.errors import DataError, MissingArtifactError
+from alignment_pipeline.graph import StageNode, build_graph, evaluation_asset, trunk_asset
 from alignment_pipeline.identity import EXTRAS, MANIFEST, file_sha256, read_jsonl
-from alignment_pipeline.recipe import PATH_KEYS, Recipe
+from alignment_pipeline.recipe import Recipe
 from alignment_pipeline.statistics import mean, standard_error, wilson_interval
 from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.overrides import file_override, without_folders
+from resources.plan import content_sha256
+from resources.reasons import file_key
 
 _NORMAL_95 = 1.96
 _SOURCE_KEYS = ("path", "hub_name", "train_path")
@@ -252,39 +254,74 @@ def _needed_overrides(
     sections = {graph[asset].section for asset in made if asset in graph}
     found: dict[str, None] = {}
     for override in overrides:
-        key, _, value = override.partition("=")
-        section, _, last = key.partition(".")
+        section, _, last = override.partition("=")[0].partition(".")
         if section in sections or getattr(recipe, section, None) is None or not last:
-            found[f"{key}={_without_folder(last, value)}"] = None
+            found[without_folders(override)] = None
     for asset, each in made.items():
         if asset in graph:
-            node = graph[asset]
-            values = node.config.keyed_values()
-            for name, value in each.manifest["config"].items():
-                if value != values.get(name):
-                    found[f"{node.section}.{name}={json.dumps(value)}"] = None
+            found |= dict.fromkeys(_differences(graph[asset], each))
     seed = lineage[policy].manifest["seed"]
     if seed != recipe.seed:
         found[f"seed={seed}"] = None
     return found
 
 
-def _without_folder(key: str, value: str) -> str:
-    """A file's name alone: where it lay is of no use on another machine."""
-    return re.sub(r".*/", "", value) if key in PATH_KEYS else value
+def _differences(node: StageNode, made: Made) -> Iterable[str]:
+    """Overrides that turn the recipe's settings of a stage into those that an artifact was made with."""
+    config, values = made.manifest["config"], node.config.keyed_values()
+    files, paths = made.files(), node.config.input_files()
+    for name, value in config.items():
+        if name not in files and value != values.get(name):
+            yield f"{node.section}.{name}={json.dumps(value)}"
+    for name in paths:
+        if name not in files:
+            yield f"{file_key(node.section, name)}=null"
+    for name, entry in files.items():
+        same = name in paths and _is_same_file(node, name, entry)
+        if _is_key(node, name) and not (same and config.get(name) == values.get(name)):
+            yield file_override(file_key(node.section, name), entry["path"], config.get(name))
+
+
+def _is_key(node: StageNode, name: str) -> bool:
+    """Whether the recipe names an input file; people's votes have their place in the home."""
+    return file_key(node.section, name).partition(".")[2] in type(node.config).model_fields
+
+
+def _is_same_file(node: StageNode, name: str, entry: Mapping[str, str]) -> bool:
+    """Whether the recipe's file is the one that was read, by its place or, if it lies elsewhere, by its content."""
+    path = node.config.input_files()[name]
+    try:
+        return entry["path"] == str(path) or entry["sha256"] == content_sha256(node, name, path)
+    except DataError:
+        return False
 
 
 def _licences(recipe: Recipe, overrides: list[str], lineage: Mapping[str, Made]) -> dict[str, str | None]:
     """Stated licences of the sources. One in the recipe's file is not that of a source that was set in its place."""
+    graph = build_graph(recipe)
     changed = {override.partition("=")[0] for override in overrides}
     found: dict[str, str | None] = {}
-    for section, asset in ("data", "instructions"), ("base_model", "base_model"), ("reward_classifier",) * 2:
-        config: Any = getattr(recipe, section)
-        if asset in lineage and (section != "base_model" or config.path or config.hub_name):
-            elsewhere = changed & {f"{section}.{key}" for key in _SOURCE_KEYS}
-            stated = not elsewhere or f"{section}.license" in changed
-            found[section] = config.license if stated else None
+    for asset in "instructions", "base_model", "reward_classifier":
+        # A base model that read instructions was built from them.
+        if asset in lineage and asset in graph and "instructions" not in lineage[asset].manifest["inputs"]:
+            node = graph[asset]
+            config: Any = node.config
+            elsewhere = changed & {f"{node.section}.{key}" for key in _SOURCE_KEYS}
+            stated = not elsewhere or f"{node.section}.license" in changed
+            found[node.section] = config.license if stated and _is_same_source(node, lineage[asset]) else None
     return found
+
+
+def _is_same_source(node: StageNode, made: Made) -> bool:
+    """Whether an artifact was made from what the recipe names; of the built-in world, from however many rows."""
+    config, values = made.manifest["config"], node.config.keyed_values()
+    files, paths = made.files(), node.config.input_files()
+    return (
+        config.get("hub_name") == values.get("hub_name")
+        and bool(config.get("world_rows")) == bool(values.get("world_rows"))
+        and files.keys() == paths.keys()
+        and all(_is_same_file(node, name, entry) for name, entry in files.items())
+    )
 
 
 def _hub_commit(store: ArtifactStore, lineage: Mapping[str, Made]) -> str | None:

@@ -42,6 +42,15 @@ def record_of(
     return gather(ArtifactStore(home), recipe, policy, assets or RunRecords(home).current("smoke"), overrides)
 
 
+def made_from_a_file(home: Path, asset: str, path: str, **config: Any) -> None:
+    """Make an artifact's manifest that of one which read a file or folder, as one set in the launchpad."""
+    (file,) = (home / "artifacts" / asset).glob("*/*/manifest.json")
+    manifest = json.loads(file.read_text())
+    manifest["inputs"] = {"source": {"sha256": "ab" * 32, "path": path}}
+    manifest["config"] |= config
+    file.write_text(json.dumps(manifest))
+
+
 def section(card: str, title: str) -> str:
     return card.split(f"\n## {title}\n")[1].split("\n## ")[0].strip()
 
@@ -178,8 +187,39 @@ def test_the_data_are_counted_from_the_source_to_what_was_trained_on(smoke_home:
     assert f"Of {summary['rows_in']} rows, {summary['kept']} were kept and {summary['quarantined']} went" in text
     assert f"{summary['splits']['test']} of the kept ones are the test split" in text
     assert "built-in world" in text and json.loads((folder / "manifest.json").read_text())["data_version"] in text
+    trained = json.loads(next((smoke_home / "artifacts" / "formatted_dataset").glob("*/*/manifest.json")).read_text())
+    within = f"{trained['metrics']['data/train']:,.0f} rows within the length limits"
+    assert f"The train split has {within}; fine-tuning and sampling read those only." in text
+    assert f"pretrained on the texts of the train split's {summary['splits']['train']} rows, of whatever length" in text
     assert "PPO sampled 24 responses" in text
     assert "PPO" not in section(model_card(record_of(smoke_home, "dpo_policy")), "Data")
+
+
+def test_no_pretraining_is_told_of_a_base_model_that_was_given(copy_of_home: Path) -> None:
+    made_from_a_file(copy_of_home, "base_model", "/some/where/model")
+    text = section(model_card(record_of(copy_of_home)), "Data")
+    assert "fine-tuning and sampling read those only" in text and "pretrained" not in text
+
+
+def test_rows_that_were_dropped_count_as_pretraining(smoke_home: Path) -> None:
+    record = record_of(smoke_home)
+    made = record.lineage["formatted_dataset"]
+    manifest = {**made.manifest, "metrics": {**made.manifest["metrics"], "data/train": 7.0}}
+    lineage = {**record.lineage, "formatted_dataset": Made(made.ref, manifest, made.manifest_sha256)}
+    text = section(model_card(dataclasses.replace(record, lineage=lineage)), "Data")
+    rows = record.lineage["instructions"].manifest["metrics"]["data/train"]
+    assert "has 7 rows within" in text and f"train split's {rows:.0f} rows, of whatever length" in text
+
+
+def test_usage_is_that_of_the_artifacts_whatever_the_recipe_says(smoke_home: Path) -> None:
+    text = section(model_card(with_config(record_of(smoke_home), "instructions", text_field="text")), "How to use it")
+    assert "The model continues a text" in text and "### Input" not in text
+    other = load_recipe(SMOKE, ["evaluation.temperature=0.3", "evaluation.max_new_tokens=9"])
+    text = section(model_card(record_of(smoke_home, recipe=other)), "How to use it")
+    assert "max_new_tokens=24" in text and "0.3" not in text
+    current = RunRecords(smoke_home).current("smoke")
+    alone = record_of(smoke_home, recipe=other, assets={"ppo_policy": current["ppo_policy"]})
+    assert "max_new_tokens=9, do_sample=True, temperature=0.3" in model_card(alone)
 
 
 def test_hyperparameters_are_those_in_force_of_every_training_stage(smoke_home: Path) -> None:
@@ -199,11 +239,40 @@ class TestLicences:
     def test_are_not_those_of_a_source_that_was_set_in_its_place(self, smoke_home: Path) -> None:
         other = ("data.world_rows=null", "data.hub_name=a/b", "evaluation.judge=reference_chrf")
         assert record_of(smoke_home, "ppo_policy", *other).licences == {"data": None}
-        stated = record_of(smoke_home, "ppo_policy", *other, "data.license=mit")
-        assert stated.licences == {"data": "mit"}
-        given = record_of(smoke_home, "ppo_policy", "base_model.hub_name=a/b")
-        assert given.licences == {"data": "apache-2.0", "base_model": None}
-        assert "The licence of the base model is not stated." in model_card(given)
+        more_rows = record_of(smoke_home, "ppo_policy", "data.world_rows=900")
+        assert more_rows.licences == {"data": "apache-2.0"}
+
+    def test_are_those_that_were_stated_with_the_source(self, copy_of_home: Path, tmp_path: Path) -> None:
+        rows = tmp_path / "rows.jsonl"
+        made_from_a_file(copy_of_home, "instructions", str(rows), world_rows=None)
+        other = ["data.world_rows=null", f"data.path={rows}", "evaluation.judge=reference_chrf"]
+        other.append("labelling.method=reference_chrf")
+        assert record_of(copy_of_home, "ppo_policy", *other).licences == {"data": None}
+        assert record_of(copy_of_home, "ppo_policy", *other, "data.license=mit").licences == {"data": "mit"}
+
+    def test_are_not_the_recipes_where_the_artifact_has_another_source(self, copy_of_home: Path) -> None:
+        """As in the web UI's launchpad, whose values are in no run's overrides."""
+        made_from_a_file(copy_of_home, "instructions", "/some/where/rows.jsonl", world_rows=None, text_field="text")
+        made_from_a_file(copy_of_home, "base_model", "/some/where/model")
+        record = record_of(copy_of_home)
+        assert record.licences == {"data": None, "base_model": None}
+        assert "The licence of the base model is not stated." in model_card(record)
+
+    def test_stay_with_a_file_that_lies_elsewhere_now(self, copy_of_home: Path, tmp_path: Path) -> None:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("{}")
+        made_from_a_file(copy_of_home, "instructions", "/some/where/rows.jsonl", world_rows=None)
+        (file,) = (copy_of_home / "artifacts" / "instructions").glob("*/*/manifest.json")
+        own = tmp_path / "smoke.yaml"
+        own.write_text(
+            SMOKE.read_text().replace("world_rows: 300", "path: rows.jsonl").replace(": gold_rule", ": reference_chrf")
+        )
+        other = record_of(copy_of_home, recipe=load_recipe(own))
+        assert other.licences == {"data": None} and "data.path=rows.jsonl" in other.overrides
+        file.write_text(file.read_text().replace("ab" * 32, file_sha256(rows)))
+        moved = record_of(copy_of_home, recipe=load_recipe(own))
+        assert moved.licences == {"data": "apache-2.0"}
+        assert "data.path=rows.jsonl" not in moved.overrides
 
 
 class TestHowToMakeItAgain:
@@ -226,6 +295,32 @@ class TestHowToMakeItAgain:
         record = record_of(smoke_home, "ppo_policy", "base_model.path=/some/where/model")
         assert "base_model.path=model" in record.overrides
         assert "Files are named without their folders" in model_card(record) and "/some/where" not in model_card(record)
+
+    def test_files_in_a_section_set_as_a_whole_are_named_without_their_folders(self, smoke_home: Path) -> None:
+        whole = "base_model={path: '/some/where/my model', license: mit}"
+        record = record_of(smoke_home, "ppo_policy", whole, "feedback.max_chars=100")
+        assert record.overrides[:2] == ("base_model={path: my model, license: mit}", "feedback.max_chars=100")
+        assert "Files are named without their folders" in model_card(record)
+        assert "/some" not in model_card(record) + json.dumps(as_json(record))
+        assert "Files are named" not in model_card(record_of(smoke_home, "ppo_policy", "feedback={max_chars: 100}"))
+
+    def test_files_that_were_set_in_the_launchpad_are_named(self, copy_of_home: Path) -> None:
+        made_from_a_file(copy_of_home, "instructions", "/some/where/rows.jsonl", world_rows=None, text_field="text")
+        made_from_a_file(copy_of_home, "base_model", "/some/where/model")
+        record = record_of(copy_of_home)
+        found = self.command(record)
+        assert {"data.world_rows=null", 'data.text_field="text"', "data.path=rows.jsonl"} <= set(found)
+        assert "base_model.path=model" in found
+        assert "Files are named without their folders" in model_card(record)
+        assert "/some" not in model_card(record) + json.dumps(as_json(record))
+
+    def test_a_reward_function_is_named_with_its_file(self, copy_of_home: Path) -> None:
+        (file,) = (copy_of_home / "artifacts" / "ppo_policy").glob("*/*/manifest.json")
+        manifest = json.loads(file.read_text())
+        manifest["inputs"]["reward_function"] = {"sha256": "ab" * 32, "path": "/some/where/rewards.py"}
+        manifest["config"]["reward_function"] = "brevity"
+        file.write_text(json.dumps(manifest))
+        assert self.command(record_of(copy_of_home)) == ["ppo.reward_function=rewards.py:brevity"]
 
     def test_what_was_set_elsewhere_is_found_by_comparing_with_the_recipe(self, smoke_home: Path) -> None:
         """As in the web UI's launchpad, whose values are in no run's overrides."""
