@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment_pipeline.errors import StoreError
-from alignment_pipeline.prompts import normalised, split_text
+from alignment_pipeline.prompts import is_plain_text, normalised, split_text
 from alignment_pipeline.stage import StageCheck
 from resources.artifact_store import ArtifactRef, ArtifactStore, parents
 
@@ -44,6 +44,9 @@ _ROWS = """
 _SETTINGS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 _SHOWN = 3
 
+_Mark = tuple[str, str]
+"""`prompt_id`, `prompt` or `whole` (a plain text), and the id or the text in normal form."""
+
 
 def with_leak_check(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     """An artifact's manifest; that of an evaluation made before there was this check gets it now."""
@@ -68,19 +71,18 @@ def leak_check(store: ArtifactStore, inputs: Mapping[str, ArtifactRef], evaluati
     """
     tables = _tables(store, (ref for name, ref in inputs.items() if name != "dataset"))
     evaluated: set[str] = set()
-    evaluated_by: dict[str, set[str]] = {}
+    evaluated_by: dict[_Mark, set[str]] = {}
     trained_on: set[str] = set()
     leaks: set[tuple[str, str]] = set()
     for artifact_id, row in _rows({_OWN: (evaluation / "examples.jsonl", _EVALUATED), **tables}):
         prompt_id = row["prompt_id"]
         if artifact_id == _OWN:
             evaluated.add(prompt_id)
-            for mark in _marks(row):
+            for mark in _evaluated(row):
                 evaluated_by.setdefault(mark, set()).add(prompt_id)
         else:
             trained_on.add(prompt_id)
-            text = row["prompt"] if "prompt" in row else split_text(row)
-            for mark in (prompt_id, normalised(text)):
+            for mark in _learnt(row):
                 leaks.update((artifact_id, leaked) for leaked in evaluated_by.get(mark, ()))
     if not leaks:
         detail = (
@@ -97,11 +99,22 @@ def leak_check(store: ArtifactStore, inputs: Mapping[str, ArtifactRef], evaluati
     return StageCheck(CHECK, passed=False, detail=detail, blocking=True)
 
 
-def _marks(evaluated: Mapping[str, str]) -> set[str]:
-    """What a training row would share with an evaluated one: its id, its prompt, or a plain text as a whole."""
-    prompt, reference = evaluated["prompt"], evaluated["reference"]
-    # Where a plain text was cut, the rest may have lost the space that it began with.
-    return {evaluated["prompt_id"], *map(normalised, (prompt, prompt + reference, f"{prompt} {reference}"))}
+def _evaluated(row: Mapping[str, str]) -> Iterator[_Mark]:
+    """What tells that an evaluated example was learnt."""
+    prompt, reference = row["prompt"], row["reference"]
+    yield "prompt_id", row["prompt_id"]
+    yield "prompt", normalised(prompt)
+    for gap in ("", " "):  # where a plain text was cut, the rest may have lost the space that it began with
+        yield "whole", normalised(prompt + gap + reference)
+
+
+def _learnt(row: Mapping[str, str]) -> Iterator[_Mark]:
+    """What a training row may share with an evaluated example; a plain text that is not yet cut has no prompt."""
+    yield "prompt_id", row["prompt_id"]
+    if "prompt" in row:
+        yield "prompt", normalised(row["prompt"])
+    else:
+        yield "whole" if is_plain_text(row) else "prompt", normalised(split_text(row))
 
 
 def _tables(store: ArtifactStore, inputs: Iterable[ArtifactRef]) -> dict[str, tuple[Path, tuple[str, ...]]]:

@@ -126,8 +126,11 @@ def test_a_plain_text_that_was_trained_on_whole_is_found_however_it_was_cut(
     assert not leak_check(store, inputs, tmp_path).passed
 
 
-def test_a_plain_text_that_only_begins_as_an_evaluated_prompt_is_no_leak(store: ArtifactStore, tmp_path: Path) -> None:
-    inputs = family(store, rows=plain_text("The film was long"))
+@pytest.mark.parametrize("text", ["The film was long", "The film"])
+def test_a_plain_text_that_only_begins_as_an_evaluated_prompt_is_no_leak(
+    store: ArtifactStore, tmp_path: Path, text: str
+) -> None:
+    inputs = family(store, rows=plain_text(text))
     write_jsonl(tmp_path / "examples.jsonl", prompts("cut", prompt="The film", reference="was fine"))
     assert leak_check(store, inputs, tmp_path).passed
 
