@@ -13,6 +13,7 @@ from alignment_pipeline.graph import StageNode, build_graph
 from alignment_pipeline.recipe import Recipe
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.feedback import FeedbackInbox
+from resources.leakage import with_leak_check
 from resources.plan import changes, describe, incomplete, make_plan, read_files, version_of
 from resources.runs import RunRecords, pick
 
@@ -108,7 +109,7 @@ def _blocked(store: ArtifactStore, node: StageNode, read: Iterable[Verdict]) -> 
     for verdict in read:
         if verdict.kind == "blocked":
             return Verdict(node.asset, "blocked", (f"reads {verdict.asset}, which is not made",))
-        checks = store.manifest(verdict.artifact)["checks"] if verdict.artifact else ()
+        checks = with_leak_check(store, verdict.artifact)["checks"] if verdict.artifact else ()
         for check in checks:
             if check["blocking"] and not check["passed"]:
                 reason = f"reads {verdict.asset}, whose check {check['name']} does not hold"

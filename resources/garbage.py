@@ -147,10 +147,18 @@ class GarbageCollector:
 
     def _delete_work(self, folder: Path) -> str:
         with contextlib.ExitStack() as stack:
+            own_lease = ""
             for lock in (self._home / "leases").glob(f"*-{folder.name}.lock"):  # one: a key is of one stage
-                if not stack.enter_context(leases.hold_if_free(self._home, lock.stem)):
+                own_lease = lock.stem
+                if not stack.enter_context(leases.hold_if_free(self._home, own_lease)):
                     return IN_USE
+            with self._runs.locked():
+                if folder.name in self._needed(own_lease).resumable and not self._is_published(folder.name):
+                    return NEEDED_AGAIN
             return _delete_folder(folder)
+
+    def _is_published(self, name: str) -> bool:
+        return any(ref.key[:20] == name and self._store.is_whole(ref) for ref in self._store.all())
 
     def _needed(self, own_lease: str = "") -> _Needed:
         """What must stay now; the lease that the collector itself holds tells of no run.

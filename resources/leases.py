@@ -76,10 +76,12 @@ def held(home: Path) -> set[str]:
 
 
 def _acquire(descriptor: int, record: Path, on_wait: Callable[[str], None]) -> None:
+    failed = 0
     said = False
     while not _locked(descriptor, fcntl.LOCK_EX):
-        # A holder that has only just come is not named yet; it is at the next look.
-        if not said and (pid := _read(record)["pid"]):
+        failed += 1
+        # Not at the first look: a holder that has only just come is not named yet, and `held` looks for a moment.
+        if failed > 1 and not said and (pid := _read(record)["pid"]):
             on_wait(f"Waiting for process {pid}, which computes the same.")
             said = True
         time.sleep(_POLL_S)

@@ -13,6 +13,7 @@ from alignment_pipeline.graph import build_graph
 from app.recipes import find_recipe
 from resources.artifact_store import ArtifactStore
 from resources.forecast import Verdict, forecast
+from resources.leakage import CHECK
 from resources.runs import RunRecords
 
 ALL = list(build_graph(find_recipe("smoke")))
@@ -137,6 +138,19 @@ def test_a_failed_blocking_check_stops_everything_that_reads_the_asset(copy_of_h
     name = manifest["checks"][0]["name"]
     assert found["sft_model"].reasons == (f"reads formatted_dataset, whose check {name} does not hold",)
     assert found["comparison"].reasons == ("reads base_evaluation, which is not made",)
+
+
+def test_an_evaluation_of_before_the_leak_check_blocks_as_in_the_run(copy_of_home: Path) -> None:
+    path = folder_of(copy_of_home, "dpo_evaluation") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["checks"] = [check for check in manifest["checks"] if check["name"] != CHECK]
+    path.write_text(json.dumps(manifest))
+    assert of_kind(verdicts(copy_of_home), "reuse") == set(ALL)
+    example = (path.parent / "examples.jsonl").read_text().splitlines()[0]
+    with (folder_of(copy_of_home, "preference_pairs") / "train.jsonl").open("a") as pairs:
+        pairs.write(example + "\n")
+    found = verdicts(copy_of_home, assets=["dpo_evaluation", "comparison"])
+    assert found["comparison"].reasons == (f"reads dpo_evaluation, whose check {CHECK} does not hold",)
 
 
 def test_a_missing_input_file_fails_as_the_run_would(smoke_home: Path, tmp_path: Path) -> None:

@@ -268,6 +268,22 @@ def test_what_becomes_current_after_it_was_found_is_not_deleted(
     assert store.is_whole(ref)
 
 
+def test_a_checkpoint_whose_run_is_pinned_after_it_was_found_is_not_deleted(home: Path, runs: RunRecords) -> None:
+    folder, _ = (interrupted(runs, home, letter, letter) for letter in "ab")
+    lease = f"sft_model-{folder.name}"
+    with leases.hold(home, lease):
+        pass
+    collector = fork.Process(target=collect_and_note, args=(home, home / "go"))
+    collector.start()
+    with runs.locked():
+        (home / "go").touch()
+        wait_for(lambda: lease in leases.held(home))
+        atomic.write_json(home / "pins" / "a.json", {"run_id": "a", "pinned_at": "2026"})
+    collector.join(20)
+    assert json.loads((home / "states.json").read_text()) == [NEEDED_AGAIN]
+    assert folder.exists()
+
+
 def engine_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> Compute:
     """Compute whose `instructions` also leave a model, so that there is something to collect."""
     real = compute_module.stage_function

@@ -9,6 +9,7 @@ import pytest
 
 from alignment_pipeline.errors import StoreError
 from alignment_pipeline.identity import write_jsonl
+from alignment_pipeline.prompts import format_prompt
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.leakage import CHECK, leak_check, with_leak_check
 
@@ -32,11 +33,22 @@ def publish(
 
 
 def prompts(*ids: str, **more: str) -> list[dict[str, str]]:
-    return [{"prompt_id": prompt_id, "prompt": 'quoted "prompt_id":"e1"', **more} for prompt_id in ids]
+    """Rows with the columns of all tables; `more` puts others in their place."""
+    return [
+        {
+            "prompt_id": prompt_id, "instruction": f"Say {prompt_id}.", "input": "", "output": "Yes.",
+            "prompt": format_prompt(f"Say {prompt_id}.", ""), "reference": 'quoted "prompt_id":"e1"',
+        } | more
+        for prompt_id in ids
+    ]  # fmt: skip
 
 
 def family(
-    store: ArtifactStore, rows: list[dict[str, str]] | None = None, train: str = "t", pair: str = "t"
+    store: ArtifactStore,
+    rows: list[dict[str, str]] | None = None,
+    train: str = "t",
+    pair: str = "t",
+    **pair_columns: str,
 ) -> dict[str, ArtifactRef]:
     """The inputs of an evaluation, with some ids where they should not be."""
     every = [*prompts("t", split="train"), *prompts("v", split="validation"), *prompts(*EVALUATED, split="test")]
@@ -44,7 +56,7 @@ def family(
     tables = {"train.jsonl": prompts(train), "test.jsonl": prompts(*EVALUATED)}
     dataset = publish(store, "formatted_dataset", "b", tables, instructions=instructions)
     trunk = publish(store, "sft_model", "c", {}, dataset=dataset)
-    tables = {"train.jsonl": prompts(pair), "validation.jsonl": prompts("v")}
+    tables = {"train.jsonl": prompts(pair, **pair_columns), "validation.jsonl": prompts("v")}
     pairs = publish(store, "preference_pairs", "d", tables)
     reward = publish(store, "reward_model", "e", {}, pairs=pairs, trunk=trunk)
     return {"dataset": dataset, "policy": trunk, "trunk": trunk, "reward_model": reward}
@@ -81,6 +93,48 @@ def test_a_leak_is_found_in_any_ancestor_and_named(
     assert check.detail == f"1 of 2 evaluated prompts were trained on: e1 in {leaking.artifact_id}."
 
 
+OTHER_FORM = " say  E1.\n"
+
+
+@pytest.mark.parametrize(
+    ("planted", "stage"),
+    [
+        ({"rows": prompts("other", instruction=OTHER_FORM, split="train")}, "instructions"),
+        ({"pair": "other", "prompt": format_prompt(OTHER_FORM, "")}, "preference_pairs"),
+    ],
+)
+def test_a_prompt_that_differs_in_case_and_spaces_only_is_the_same(
+    store: ArtifactStore, tmp_path: Path, planted: dict[str, Any], stage: str
+) -> None:
+    inputs = family(store, **planted)
+    check = leak_check(store, inputs, evaluation(tmp_path))
+    (leaking,) = [ref for ref in store.family(inputs.values()) if ref.stage == stage]
+    assert not check.passed
+    assert check.detail == f"1 of 2 evaluated prompts were trained on: e1 in {leaking.artifact_id}."
+
+
+def plain_text(text: str) -> list[dict[str, str]]:
+    return prompts("whole", instruction="", output=text, split="train")
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_plain_text_that_was_trained_on_whole_is_found_however_it_was_cut(
+    store: ArtifactStore, tmp_path: Path, space: str
+) -> None:
+    inputs = family(store, rows=plain_text(f"the film{space}was fine"))
+    write_jsonl(tmp_path / "examples.jsonl", prompts("cut", prompt="The film", reference="was fine"))
+    assert not leak_check(store, inputs, tmp_path).passed
+
+
+@pytest.mark.parametrize("text", ["The film was long", "The film"])
+def test_a_plain_text_that_only_begins_as_an_evaluated_prompt_is_no_leak(
+    store: ArtifactStore, tmp_path: Path, text: str
+) -> None:
+    inputs = family(store, rows=plain_text(text))
+    write_jsonl(tmp_path / "examples.jsonl", prompts("cut", prompt="The film", reference="was fine"))
+    assert leak_check(store, inputs, tmp_path).passed
+
+
 def test_a_dataset_that_no_model_has_seen_is_no_leak(store: ArtifactStore, tmp_path: Path) -> None:
     inputs = family(store, train="e1")
     given = publish(store, "base_model", "f", {})
@@ -88,7 +142,7 @@ def test_a_dataset_that_no_model_has_seen_is_no_leak(store: ArtifactStore, tmp_p
     assert check.passed and check.detail.endswith("none is among the 0 training prompts of 0 ancestors.")
 
 
-@pytest.mark.parametrize("damage", ["missing", "malformed"])
+@pytest.mark.parametrize("damage", ["missing", "malformed", "without the column"])
 def test_a_table_that_cannot_be_read_is_no_proof_of_innocence(
     store: ArtifactStore, tmp_path: Path, damage: str
 ) -> None:
@@ -98,6 +152,8 @@ def test_a_table_that_cannot_be_read_is_no_proof_of_innocence(
     table.unlink()
     if damage == "malformed":
         table.write_text('{"prompt_id": "t"\n')
+    if damage == "without the column":
+        table.write_text('{"prompt_id": "t"}\n')
     with pytest.raises(StoreError, match=r"train\.jsonl .* nobody can tell"):
         leak_check(store, inputs, evaluation(tmp_path))
 

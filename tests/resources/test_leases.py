@@ -1,8 +1,10 @@
 """Leases between real processes."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -82,6 +84,18 @@ def test_who_does_not_wait_is_told_that_it_is_held_and_takes_nobodys_place(tmp_p
         assert free and leases.held(tmp_path) == {"sft-1"}
     with leases.hold(tmp_path, "sft-1") as lease:
         assert lease.token == 2, "only those who compute count"
+
+
+def test_who_only_looks_whether_it_is_held_is_not_waited_for_by_name(tmp_path: Path) -> None:
+    with leases.hold(tmp_path, "sft-1"):
+        pass
+    said: list[str] = []
+    with (tmp_path / "leases" / "sft-1.lock").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()  # before the second attempt, at 0.2 s
+        with leases.hold(tmp_path, "sft-1", said.append) as lease:
+            assert lease.token == 2
+    assert said == []
 
 
 def test_a_stale_token_is_refused(tmp_path: Path) -> None:
