@@ -14,6 +14,7 @@ UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
 
 JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
+TemplateName = Literal["instruction", "human_assistant", "chat"]
 
 
 class StageConfig(BaseModel):
@@ -120,8 +121,17 @@ class BaseModelConfig(StageConfig):
 class FormattingConfig(StageConfig):
     """Prompts and length limits: instructions go into the template, of a plain text the beginning is the prompt."""
 
+    template: TemplateName = Field(
+        "instruction",
+        description="instruction: a header, the instruction, its input and '### Response:'. human_assistant: a "
+        "dialogue of Human and Assistant, as HH-RLHF's. chat: the chat template of the base model's tokenizer.",
+    )
     max_prompt_tokens: int = Field(256, ge=4, description="Rows with longer prompts are dropped and counted.")
-    max_tokens: int = Field(512, ge=8, description="Rows with a longer prompt + response are dropped and counted.")
+    max_tokens: int = Field(
+        512,
+        ge=8,
+        description="Rows with a longer prompt + response (the longer one, of a preference) are dropped and counted.",
+    )
     prefix_tokens_min: int = Field(2, ge=1, description="Plain texts only: shortest prompt, tokens of the text.")
     prefix_tokens_max: int = Field(
         8, ge=1, description="Plain texts only: longest prompt, tokens; lengths are uniform, both bounds included."
@@ -173,11 +183,17 @@ class SamplingConfig(StageConfig):
 class LabellingConfig(StageConfig):
     """Which of two responses to a prompt is preferred, and who says so."""
 
-    method: Literal["gold_rule", "reference_chrf", "dataset_answer"] = Field(
+    method: Literal["gold_rule", "reference_chrf", "dataset_answer", "dataset_pair"] = Field(
         description="gold_rule: the built-in world's rule on two samples. reference_chrf: the sample closer to the "
-        "dataset's answer (chrF). dataset_answer: the dataset's answer over the sample."
+        "dataset's answer (chrF). dataset_answer: the dataset's answer over the sample. dataset_pair: the rows' own "
+        "chosen and rejected responses, without samples."
     )
     pairs_per_prompt: int = Field(2, ge=1, description="Most pairs made from one prompt's samples.")
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; the rows' own pairs are all taken."""
+        values = super().keyed_values()
+        return {"method": self.method} if self.method == "dataset_pair" else values
 
 
 class PairsConfig(StageConfig):

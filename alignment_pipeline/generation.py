@@ -19,7 +19,8 @@ import torch
 from transformers import DynamicCache
 
 from alignment_pipeline.errors import DataError
-from alignment_pipeline.sequences import TokenIds, apply_head, by_length, causal_lm_of
+from alignment_pipeline.sequences import apply_head, by_length, causal_lm_of
+from alignment_pipeline.tokenization import TokenIds
 
 
 @dataclass(frozen=True)

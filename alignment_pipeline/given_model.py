@@ -1,7 +1,10 @@
-"""A model that somebody else made, from a folder or the hub: read as safetensors, with a padding token of its own.
+"""A model that somebody else made, from a folder or the hub: read safely, with a padding token of its own.
 
-Belongs here: what `stages.base_model` and `stages.reward_classifier` ask of such a model alike. The artifacts that they
-publish are read by `models`.
+Belongs here: what the stages that adopt such a model ask of it alike. The artifacts that they publish are read by
+`models`.
+
+Weights are read as safetensors. A model that has none (the main revisions of older hub models hold `pytorch_model.bin`
+alone) is read by torch's restricted unpickler, which builds tensors and nothing else, and published as safetensors.
 """
 
 from pathlib import Path
@@ -46,9 +49,7 @@ def read_given_model(
     options["trust_remote_code"] = False  # left out, transformers asks on the terminal
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, found = auto_class.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-        )
+        model, found = _read_weights(source, auto_class, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
@@ -58,6 +59,23 @@ def read_given_model(
             "expected all of them; it was made for another purpose."
         )
     return model, tokenizer
+
+
+def _read_weights(source: Path | str, auto_class: Any, options: dict[str, Any]) -> Any:
+    """The model and what transformers says of its loading: from safetensors, or where there are none from a `.bin`."""
+    reading = {"dtype": torch.float32, "output_loading_info": True, **options}
+    try:
+        return auto_class.from_pretrained(source, use_safetensors=True, **reading)
+    except OSError as error:
+        try:
+            return auto_class.from_pretrained(source, use_safetensors=False, weights_only=True, **reading)
+        except OSError:  # nor is there a .bin: the first message is about safetensors
+            raise error from None
+        except Exception as refusal:  # the restricted unpickler's errors are of several classes
+            raise ValueError(
+                "there are no safetensors, and pytorch_model.bin was refused, since it is damaged or holds more than "
+                "tensors, which could run code"
+            ) from refusal
 
 
 def give_padding_of_its_own(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:

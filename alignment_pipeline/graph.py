@@ -59,6 +59,8 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
     rewards = {"reward_model": "reward_model", "reward_classifier": "reward_classifier"}
     of_ppo = {} if recipe.ppo and recipe.ppo.reward_function else rewards
     add("ppo_policy", "ppo", dataset="formatted_dataset", trunk=trunk, **of_ppo)
+    if recipe.evaluation is None:
+        return nodes
     policies = [asset for asset in ("base_model", "sft_model", "ppo_policy", "dpo_policy") if asset in nodes]
     for policy in policies:
         add(

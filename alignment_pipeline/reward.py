@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from alignment_pipeline.sequences import TokenBatch, TokenIds, by_length, pack
+from alignment_pipeline.sequences import TokenBatch, by_length, pack
+from alignment_pipeline.tokenization import TokenIds
 
 
 def batch_scores(model: Any, batch: TokenBatch) -> torch.Tensor:

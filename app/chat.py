@@ -8,8 +8,8 @@ from rich.console import Console
 from alignment_pipeline.errors import MissingArtifactError
 from alignment_pipeline.graph import build_graph, trunk_asset
 from alignment_pipeline.limits import max_positions
-from alignment_pipeline.prompts import format_prompt
 from alignment_pipeline.recipe import Recipe
+from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.home import alignment_home
 from resources.runs import RunRecords
@@ -39,9 +39,10 @@ def chat_with(
     console.print("Loading…", style="dim")
     from alignment_pipeline.generation import generate
     from alignment_pipeline.models import load_policy, load_tokenizer
-    from alignment_pipeline.sequences import encode
+    from alignment_pipeline.tokenization import encode_prompts
 
     tokenizer = load_tokenizer(store.verify(trunk))
+    template = None if recipe.data.text_field else Template(recipe.formatting.template, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
         model = load_policy(store.verify(current[policy]), store.verify(trunk))
@@ -49,7 +50,8 @@ def chat_with(
     limit = max_positions(store.path(trunk))
     turn = 0
     while instruction := _read_line():
-        prompt = encode(tokenizer, [instruction if recipe.data.text_field else format_prompt(instruction, "")])
+        text = template.prompt({"instruction": instruction, "input": ""}) if template else instruction
+        prompt = encode_prompts(tokenizer, [text])
         if limit is not None and len(prompt[0]) + max_new_tokens > limit:
             console.print(
                 f"Too long: {len(prompt[0])} tokens and up to {max_new_tokens} new ones, the model reads {limit}.",

@@ -24,16 +24,10 @@ from alignment_pipeline.judges import JUDGE_TITLES, judge
 from alignment_pipeline.models import load_policy, load_scorer, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import score_responses
-from alignment_pipeline.sequences import (
-    TokenIds,
-    by_length,
-    encode,
-    pack,
-    per_row,
-    response_logits,
-)
+from alignment_pipeline.sequences import by_length, pack, per_row, response_logits
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.statistics import mean
+from alignment_pipeline.tokenization import TokenIds, encode_prompts
 
 MAX_EMPTY_SHARE = 0.95
 _STEPS = 4
@@ -47,7 +41,7 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
     config = spec.config
     rows = _test_rows(spec)
     tokenizer = load_tokenizer(spec.inputs["trunk"])
-    prompts = encode(tokenizer, [row["prompt"] for row in rows])
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
     policy = load_policy(spec.inputs["policy"], spec.inputs["trunk"], spec.device)
     responses = generate(
         policy, tokenizer, prompts,

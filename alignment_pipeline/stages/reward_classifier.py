@@ -35,10 +35,10 @@ from alignment_pipeline.pacing import Pacer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import normalised, split_position
 from alignment_pipeline.rows import RawRow, read_rows, shown, text_problem
-from alignment_pipeline.sequences import TokenIds
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.stages.base_model import build_tokenizer
 from alignment_pipeline.statistics import wilson_interval
+from alignment_pipeline.tokenization import TokenIds
 
 _LOG_EVERY = 10
 _LONG_TEXT = "a word and " * 4000

@@ -10,8 +10,8 @@ from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_tokenizer, new_scorer, save_trained, with_adapter
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import length_baseline_accuracy, pair_accuracy, score_responses
-from alignment_pipeline.sequences import encode, encode_side
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
+from alignment_pipeline.tokenization import encode_prompts, encode_side
 from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
 
 
@@ -50,7 +50,7 @@ def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> 
 
 
 def _tokenized(pairs: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
+    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
     chosen, rejected = encode_side(tokenizer, pairs, "chosen"), encode_side(tokenizer, pairs, "rejected")
     return [
         {"chosen_ids": prompt + better, "rejected_ids": prompt + worse}
@@ -60,7 +60,7 @@ def _tokenized(pairs: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, An
 
 def _accuracy(model: Any, tokenizer: Any, pairs: list[dict[str, Any]], batch_size: int) -> float:
     model.eval()
-    prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
+    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
     scores = [
         score_responses(
             model, prompts, encode_side(tokenizer, pairs, side),

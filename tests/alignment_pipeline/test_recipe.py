@@ -76,8 +76,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert str(caught.value).splitlines() == [
-        f"{path}: {section}: missing, expected a value for this key"
-        for section in ("data", "base_model", "formatting", "evaluation")
+        f"{path}: {section}: missing, expected a value for this key" for section in ("data", "base_model", "formatting")
     ]
 
 
@@ -146,6 +145,11 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ),
         (["ppo.kl_target_nats=6", "ppo.kl_horizon=7"], "ppo.kl_horizon: found 7, expected at least rollout_batch_size"),
         (["ppo.reward_function=rewards"], "expected file.py:function"),
+        (["evaluation=null"], "evaluation: missing, expected one beside sft and ppo and dpo, whose policy"),
+        (["labelling.method=dataset_pair"], "sampling: found beside labelling.method dataset_pair, which uses no sam"),
+        (["formatting.template=human_assistant"], "feedback: votes go into the instruction template only"),
+        (["formatting.template=chat", "feedback=null"], "formatting.template: found chat, but a built base model has"),
+        ([*TEXTS, "formatting.template=human_assistant"], "formatting.template: found human_assistant, but plain"),
         (["ppo.kl_target_nats=6", "ppo.kl_coef=0"], "ppo.kl_target_nats: found with kl_coef 0, which it could never"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -164,6 +168,9 @@ def test_a_combination_that_cannot_work_is_refused_before_anything_runs(override
         ["sampling=null", "labelling=null"],
         ["sft=null"],
         ["base_model.path=m", "formatting.max_tokens=4000"],
+        ["base_model.path=m", "formatting.template=chat", "feedback=null"],
+        ["formatting.template=human_assistant", "feedback=null"],
+        ["evaluation=null", "sft=null", "ppo=null", "dpo=null"],
         ["base_model.hub_name=a/b", "base_model.hidden_size=33"],
         ["data.world_rows=null", "data.path=rows.jsonl", "evaluation.judge=reference_chrf"],
         ["formatting.max_tokens=240", "sampling.max_new_tokens=120"],

@@ -10,7 +10,7 @@ from alignment_pipeline.models import load_scorer, load_tokenizer
 from alignment_pipeline.preferences import make_pair
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.reward import length_baseline_accuracy, pair_accuracy, score_responses
-from alignment_pipeline.sequences import encode, encode_side
+from alignment_pipeline.tokenization import encode, encode_side
 
 
 def test_the_published_scorer_has_the_reported_accuracy(smoke: Any) -> None:
