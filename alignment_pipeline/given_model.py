@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignment_pipeline.atomic import write_json
 from alignment_pipeline.errors import ModelError
 
 PAD = "<pad>"
@@ -76,6 +77,16 @@ def _read_weights(source: Path | str, auto_class: Any, options: dict[str, Any]) 
                 "there are no safetensors, and pytorch_model.bin was refused, since it is damaged or holds more than "
                 "tensors, which could run code"
             ) from refusal
+
+
+def record_source(output_dir: Path, model: PreTrainedModel, source: Path | str, revision: str | None) -> None:
+    """Write `extras/source.json`: where a given model came from and, of the hub, the commit that was read."""
+    where = (
+        {"source": "folder", "path": str(source)}
+        if isinstance(source, Path)
+        else {"source": f"hub {source}", "revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
+    )
+    write_json(output_dir / "extras" / "source.json", where)
 
 
 def give_padding_of_its_own(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:

@@ -203,7 +203,7 @@ class Runs:
 
     def losses(self, recipe: str, asset: str) -> list[float]:
         """Training loss of each step."""
-        series = metric_series(self.artifact(recipe, asset) / "progress.jsonl")
+        series = metric_series(self.artifact(recipe, asset) / "extras" / "progress.jsonl")
         return [metrics["train/loss"] for metrics in series.values() if "train/loss" in metrics]
 
 
@@ -291,7 +291,7 @@ def test_dpo_of_gpt2_on_ultrafeedback(runs: Runs) -> None:
     assert runs.losses("dpo_gpt2", "dpo_policy")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert policies(runs.rows("dpo_gpt2", "comparison", "table.jsonl")) == ["base_model", "dpo_policy"]
     artifact = runs.artifact("dpo_gpt2", "dpo_policy")
-    assert (artifact / "extras" / "training_curves.png").is_file()
+    assert (artifact / "extras" / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("recipe", ["qwen3_chat", "qwen3_chat_gpu"])

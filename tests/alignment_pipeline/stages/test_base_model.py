@@ -242,6 +242,8 @@ class TestHubModel:
         output = tmp_path / "run" / "output"
         assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(output / "model")), logits_of(model))
         assert load_tokenizer(output).pad_token == "<pad>"
+        source = json.loads((output / "extras" / "source.json").read_text())
+        assert source == {"source": "hub tiny-owner/tiny-opt", "revision": None, "commit": self.commit}
         assert "snapshots" not in json.loads((output / "model" / "config.json").read_text()).get("_name_or_path", "")
 
     def fill_cache(self, folder: Path, tiny_models: Any, weights: Any) -> Any:
