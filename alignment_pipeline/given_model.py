@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,14 +80,20 @@ def _read_weights(source: Path | str, auto_class: Any, options: dict[str, Any]) 
             ) from refusal
 
 
-def record_source(output_dir: Path, model: PreTrainedModel, source: Path | str, revision: str | None) -> None:
+def record_source(output_dir: Path, source: Path | str, revision: str | None) -> None:
     """Write `extras/source.json`: where a given model came from and, of the hub, the commit that was read."""
     where = (
         {"source": "folder", "path": str(source)}
         if isinstance(source, Path)
-        else {"source": f"hub {source}", "revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
+        else {"source": f"hub {source}", "revision": revision, "commit": _commit(source, revision)}
     )
     write_json(output_dir / "extras" / "source.json", where)
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that a model on the hub was just read at; None where nothing of it is in the cache."""
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def give_padding_of_its_own(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:

@@ -121,7 +121,7 @@ def _adopt(source: Path | str, revision: str | None, spec: StageSpec[BaseModelCo
     give_padding_of_its_own(model, tokenizer, spec.seed)
     model.config.eos_token_id = tokenizer.eos_token_id
     save_model(model, tokenizer, spec.output_dir)
-    record_source(spec.output_dir, model, source, revision)
+    record_source(spec.output_dir, source, revision)
     load_causal_lm(spec.output_dir / MODEL_FOLDER)
     return StageResult({"base/parameters": float(model.num_parameters()), "base/vocabulary": float(len(tokenizer))})
 

@@ -70,7 +70,7 @@ def _adopt(source: Path | str, spec: StageSpec[RewardClassifierConfig]) -> Stage
     require_label(model.config.id2label, config.label, str(source))
     give_padding_of_its_own(model, tokenizer, spec.seed)
     save_model(model, tokenizer, spec.output_dir)
-    record_source(spec.output_dir, model, source, config.hub_revision)
+    record_source(spec.output_dir, source, config.hub_revision)
     kind = "folder" if isinstance(source, Path) else f"hub {source}"
     _write_summary(spec, model, {"source": kind})
     try:
