@@ -6,12 +6,21 @@ cannot change a result.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
+
+_COLUMNS = {
+    "instructions": ("instruction", "input", "output"),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "conversations": ("messages", "prompt", "completion"),
+}
+"""Form of the records → the columns that a record of it can have."""
+
+_NEEDED_COLUMNS = frozenset({"instruction", "output", "chosen", "rejected"})
 
 JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
 TemplateName = Literal["instruction", "human_assistant", "chat"]
@@ -43,20 +52,43 @@ class StageConfig(BaseModel):
 
 
 class DataConfig(StageConfig):
-    """Where rows (instruction, input and output, or plain texts) come from and how they are split by prompt."""
+    """Where rows come from, what form they have (`record_forms`), and how they are split by prompt."""
 
     world_rows: int | None = Field(
         None, ge=20, description="Rows to generate from the built-in world of small Python tasks; no file is read."
     )
     path: str | None = Field(
         None,
-        description="JSON or JSONL file (.gz too) with instruction, input and output; wins over hub_name. "
-        "Relative to the recipe's folder, or to the current folder when set on the command line.",
+        description="JSON, JSONL, CSV or Parquet file (.gz too) of records in the form that data.form says; wins over "
+        "hub_name. Relative to the recipe's folder, or to the current folder when set on the command line.",
         json_schema_extra=UNKEYED,
     )
     hub_name: str | None = Field(None, description="Dataset on the Hugging Face hub, for example owner/name.")
     hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
     hub_split: str = Field("train", description="Split of the hub dataset that is read.")
+    hub_config: str | None = Field(
+        None, min_length=1, description="Configuration of the hub dataset, where it has several; null: its default."
+    )
+    hub_data_dir: str | None = Field(
+        None, min_length=1, description="Folder of the hub dataset, such as helpful-base of Anthropic/hh-rlhf."
+    )
+    form: Literal["instructions", "preferences", "conversations"] = Field(
+        "instructions",
+        description="What a record holds. instructions: instruction, output and at times input. preferences: prompt, "
+        "chosen and rejected, as texts, dialogues or messages. conversations: messages, or prompt and completion.",
+    )
+    columns: dict[str, str | None] | None = Field(
+        None,
+        min_length=1,
+        description="Our name of a column → its name in the data, such as {instruction: prompt, output: completion, "
+        "input: null}; null leaves it out. Columns that are not named have our names.",
+    )
+    sql: str | None = Field(
+        None,
+        min_length=1,
+        description="A DuckDB SELECT whose result is read in place of the data, its table source: "
+        "SELECT * FROM source WHERE input = ''. It sees no other file, and must not depend on the clock.",
+    )
     text_field: str | None = Field(
         None,
         min_length=1,
@@ -64,7 +96,7 @@ class DataConfig(StageConfig):
     )
     min_chars: int = Field(0, ge=0, description="Rows whose texts together are shorter go to quarantine.")
     max_chars: int = Field(
-        8000, ge=10, description="Rows whose instruction, input and output together are longer go to quarantine."
+        8000, ge=10, description="Rows whose prompt and responses together are longer go to quarantine."
     )
     validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts held out while training.")
     test_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts used by evaluations only.")
@@ -75,10 +107,27 @@ class DataConfig(StageConfig):
         json_schema_extra=UNKEYED,
     )
 
+    @model_validator(mode="after")
+    def _form_can_be_read(self) -> Self:
+        if self.world_rows and (self.form != "instructions" or self.columns or self.sql):
+            raise ValueError(
+                "found form, columns or sql beside world_rows, whose rows are made; expected path or hub_name"
+            )
+        if self.text_field and (self.form != "instructions" or self.columns):
+            raise ValueError("found text_field beside form or columns, expected text_field alone for plain texts")
+        known = _COLUMNS[self.form]
+        for ours, theirs in (self.columns or {}).items():
+            if ours not in known:
+                expected = ", ".join(known)
+                raise ValueError(f"columns: found {ours!r}, expected one of {expected}, the columns of {self.form}")
+            if theirs is None and ours in _NEEDED_COLUMNS:
+                raise ValueError(f"columns.{ours}: found null, but {self.form} need it; expected the name of a column")
+        return self
+
     def keyed_values(self) -> dict[str, Any]:
         """As for every stage; a hub name that a file wins over is left out."""
-        unused = {"hub_name", "hub_revision", "hub_split"} if self.path else set()
-        return {name: value for name, value in super().keyed_values().items() if name not in unused}
+        values = super().keyed_values()
+        return {name: value for name, value in values.items() if not (self.path and name.startswith("hub_"))}
 
 
 class BaseModelConfig(StageConfig):

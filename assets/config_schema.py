@@ -30,6 +30,8 @@ def _dagster_type(annotation: Any) -> Any:
         return str
     if origin is list:
         return [_dagster_type(arguments[0])]
+    if origin is dict:
+        return {arguments[0]: _dagster_type(arguments[1])}
     if origin in (Union, types.UnionType):
         present = [argument for argument in arguments if argument is not type(None)]
         inner = _dagster_type(present[0]) if len(present) == 1 else dg.Any

@@ -34,7 +34,8 @@ from alignment_pipeline.models import save_model
 from alignment_pipeline.pacing import Pacer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import normalised, split_position
-from alignment_pipeline.rows import RawRow, read_rows, shown, text_problem
+from alignment_pipeline.row_files import read_rows
+from alignment_pipeline.rows import RawRow, shown, text_problem
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.stages.base_model import build_tokenizer
 from alignment_pipeline.statistics import wilson_interval
