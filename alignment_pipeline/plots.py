@@ -69,8 +69,8 @@ def reliability(path: Path, points: Sequence[tuple[float, float, int]], title: s
     """
     figure, axes = _figure(title, "confidence, σ(|margin|)", "share that is right")
     axes.plot((0.5, 1), (0.5, 1), color=_GREY, linewidth=1.4, label="as sure as right")
-    confidences, accuracies, counts = zip(*points, strict=True)
-    axes.plot(confidences, accuracies, "o-", color=_COLOURS[0], linewidth=1.2, markersize=5, label="pairs, by bin")
+    line = [(confidence, accuracy) for confidence, accuracy, _ in points]
+    axes.plot(*zip(*line, strict=True), "o-", color=_COLOURS[0], linewidth=1.2, markersize=5, label="pairs, by bin")
     for confidence, accuracy, count in points:
         below = accuracy > 0.9
         axes.annotate(str(count), (confidence, accuracy), xytext=(0, -13 if below else 7), textcoords="offset points",

@@ -127,9 +127,7 @@ class RewardScorer:
     ) -> list[float]:
         """Score of each response to its prompt, in order; without `ended` all came to their end."""
         rows = self.encoder.encode(prompts, responses, [True] * len(responses) if ended is None else ended)
-        return score_rows(
-            self.model, [self.encoder.cut(row) for row in rows], self._pad_id, batch_size
-        )
+        return score_rows(self.model, [self.encoder.cut(row) for row in rows], self._pad_id, batch_size)
 
     def score_sampled(
         self, tokenizer: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], batch_size: int

@@ -19,7 +19,7 @@ from alignment_pipeline.statistics import mean, wilson_interval, win_rate
 
 _BINS = 10
 PLAUSIBLE_ACCURACY = 0.95
-"""People agree with one another on some 73% of pairs (InstructGPT, arXiv 2203.02155), so that more is mostly a pattern."""
+"""People agree with one another on some 73% of pairs (InstructGPT, arXiv 2203.02155): far more is mostly a pattern."""
 
 ScoredPair = Mapping[str, Any]
 """A row of `scores.jsonl`: {id, prompt_id, chosen_score, rejected_score, margin, shuffled_chosen_score,
