@@ -258,9 +258,39 @@ class FeedbackConfig(StageConfig):
 
 
 class RewardModelConfig(TrainerFields):
-    """Bradley–Terry reward model on the SFT trunk."""
+    """Bradley–Terry reward model: on the trunk, or on another model that is given."""
 
+    path: str | None = Field(
+        None,
+        description="Folder of another model to start from than the trunk, an encoder or a decoder, with its own "
+        "tokenizer. A score head that it lacks is drawn from the seed.",
+        json_schema_extra=UNKEYED,
+    )
+    hub_name: str | None = Field(None, description="The same, on the Hugging Face hub, for example owner/name.")
+    hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
+    max_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="Pairs of which a side (prompt and response, special tokens included) is longer are dropped and "
+        "counted; null: only those that the model cannot read. Of a longer text to score, a given model reads the end.",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate (TRL's default is 1e-4).")
+    license: str | None = Field(
+        None,
+        min_length=1,
+        description="Licence of a given model, an identifier such as apache-2.0, for model cards; null: not stated.",
+        json_schema_extra=UNKEYED,
+    )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it starts from another model than the trunk."""
+        return bool(self.path or self.hub_name)
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; a hub name counts only where there is one."""
+        values = super().keyed_values()
+        return {name: value for name, value in values.items() if self.hub_name or not name.startswith("hub_")}
 
 
 class RewardClassifierConfig(StageConfig):

@@ -17,12 +17,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment_pipeline.atomic import write_json
 from alignment_pipeline.errors import ModelError
+from alignment_pipeline.models import head_names
 
 PAD = "<pad>"
 
 
 def read_given_model(
-    section: str, source: Path | str, revision: str | None, auto_class: Any
+    section: str, source: Path | str, revision: str | None, auto_class: Any, *, new_head: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a folder (a path) or of the hub (a name), the model in float32.
 
@@ -31,6 +32,8 @@ def read_given_model(
         source: The folder, or the name on the hub.
         revision: Commit or tag on the hub; None for its main branch.
         auto_class: transformers' class that reads the model.
+        new_head: Read it with one output; a head, or a pooler below it, that the weights lack is drawn by torch's
+            random numbers.
 
     Raises:
         ModelError: A part is missing or unsafe to read, or the weights lack some that the class needs, which
@@ -49,13 +52,15 @@ def read_given_model(
         raise ModelError(f"{section}.path: {source} holds no tokenizer files, {remedy}.")
     options: dict[str, Any] = {"local_files_only": True} if local else {"revision": revision}
     options["trust_remote_code"] = False  # left out, transformers asks on the terminal
+    shape = {"num_labels": 1} if new_head else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, found = _read_weights(source, auto_class, options)
+        model, found = _read_weights(source, auto_class, {**options, **shape})
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
-    if missing := sorted(found["missing_keys"]):
+    drawn = {*head_names(model), "pooler"} if new_head else set()
+    if missing := sorted(key for key in found["missing_keys"] if drawn.isdisjoint(key.split("."))):
         raise ModelError(
             f"{section}: {source} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]}), "
             "expected all of them; it was made for another purpose."

@@ -50,7 +50,8 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
     add("preference_labels", "labelling", samples="sampled_responses", dataset="formatted_dataset")
     add("human_preferences", "feedback", dataset="formatted_dataset")
     add("preference_pairs", "pairs", labels="preference_labels", human="human_preferences", tokenizer="base_model")
-    add("reward_model", "reward_model", pairs="preference_pairs", trunk=trunk)
+    scorer_given = recipe.reward_model is not None and recipe.reward_model.is_given
+    add("reward_model", "reward_model", pairs="preference_pairs", trunk=None if scorer_given else trunk)
     add("reward_classifier", "reward_classifier")
     if recipe.dpo:
         add("reference_logprobs", "reference_logprobs", pairs="preference_pairs", trunk=trunk)

@@ -7,6 +7,7 @@ adapter's config.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ POLICY_ADAPTER = "default"
 _DROPOUT_KEYS = (
     "dropout", "attention_dropout", "activation_dropout", "layerdrop", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "summary_first_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "classifier_dropout",
+    "classifier_dropout", "seq_classif_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout",
 )  # fmt: skip
 
 
@@ -81,10 +82,16 @@ def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedMod
     return PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER)).merge_and_unload().eval()
 
 
-def load_scorer(artifact: Path, trunk: Path, device: str = "cpu") -> PreTrainedModel:
-    """A reward model, a classifier with one output: from `model/`, or the trunk with adapter and score head."""
+def load_scorer(artifact: Path, trunk: Path | None, device: str = "cpu") -> PreTrainedModel:
+    """A reward model, a classifier with one output: from `model/`, or the trunk with adapter and score head.
+
+    Raises:
+        ModelError: There is neither.
+    """
     if (artifact / MODEL_FOLDER).exists():
         return new_scorer(artifact / MODEL_FOLDER).to(device).eval()
+    if trunk is None:
+        raise ModelError(f"{artifact}: found no {MODEL_FOLDER}/, expected one, or the trunk that the adapter is for.")
     model = PeftModel.from_pretrained(new_scorer(trunk / MODEL_FOLDER), str(artifact / ADAPTER_FOLDER))
     return model.merge_and_unload().to(device).eval()
 
@@ -108,8 +115,9 @@ def with_adapter(model: PreTrainedModel, config: AdapterFields, task_type: str) 
     """The model with a fresh LoRA adapter, or unchanged where the configuration trains all weights."""
     if config.method == "full":
         return model
+    heads = head_names(model) if task_type == "SEQ_CLS" else ()
     try:
-        return get_peft_model(model, lora_config(config, task_type))
+        return get_peft_model(model, lora_config(config, task_type, heads))
     except ValueError as error:
         raise ModelError(
             f"lora_targets: found {config.lora_targets!r}, expected names of linear modules of this model, "
@@ -117,15 +125,27 @@ def with_adapter(model: PreTrainedModel, config: AdapterFields, task_type: str) 
         ) from error
 
 
-def lora_config(config: AdapterFields, task_type: str) -> LoraConfig:
-    """PEFT's configuration of the recipe's adapter keys."""
+def head_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What stands on a classifier's body: `score` on a decoder, on an encoder `classifier`, alone or after others."""
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if module is not model.base_model and any(True for _ in module.parameters())
+    )
+
+
+def lora_config(config: AdapterFields, task_type: str, heads: Sequence[str] = ()) -> LoraConfig:
+    """PEFT's configuration of the recipe's adapter keys; `heads` are trained whole, and get no adapter."""
+    # By itself PEFT keeps adapters off a head of one layer only.
+    within = rf"({'|'.join(heads)})(\..*)?" if heads and tuple(heads) != ("score",) else None
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_targets,
         task_type=task_type,
-        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        modules_to_save=list(heads) or None,
+        exclude_modules=within,
     )
 
 
@@ -212,6 +232,19 @@ def require_finite(model: Any) -> None:
             )
 
 
+def turn_dropout_off(model: PreTrainedModel) -> None:
+    """Set every dropout rate of a model to 0, in its configuration too, so that it stays off."""
+    for key in _DROPOUT_KEYS:
+        if isinstance(getattr(model.config, key, None), float | int):
+            setattr(model.config, key, 0.0)
+    for module in model.modules():
+        for key in ("dropout", "attention_dropout", "layerdrop", "activation_dropout"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)  # OPT's layers keep their own copy of the rate
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 @torch.inference_mode()
 def _require_plain_head(model: PreTrainedModel, folder: Path) -> None:
     """Refuse a model that scales or caps its logits: here the head is applied alone, to the positions that count."""
@@ -237,15 +270,7 @@ def _load(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
         # A hub model brings decoding habits (repetition penalty, top-p) that would fill what a sampler leaves unset.
         tokens = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**tokens)
-    for key in _DROPOUT_KEYS:
-        if isinstance(getattr(model.config, key, None), float | int):
-            setattr(model.config, key, 0.0)
-    for module in model.modules():
-        for key in ("dropout", "attention_dropout", "layerdrop", "activation_dropout"):
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, 0.0)  # OPT's layers keep their own copy of the rate
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    turn_dropout_off(model)
     if getattr(model.config, "pad_token_id", None) is None and "num_labels" in options:
         raise ModelError(
             f"{folder}: config.json has no pad_token_id, expected one: a scorer reads the last real token."

@@ -59,6 +59,28 @@ def bars(path: Path, values: Mapping[str, tuple[float, float]], title: str, ylab
     _save(figure, axes, path, legend=False)
 
 
+def reliability(path: Path, points: Sequence[tuple[float, float, int]], title: str) -> None:
+    """Draw how often preferences are right against how sure of them a model is.
+
+    Args:
+        path: The PNG.
+        points: (confidence, accuracy, pairs) of each bin; confidence from 1/2 to 1.
+        title: Title.
+    """
+    figure, axes = _figure(title, "confidence, σ(|margin|)", "share that is right")
+    axes.plot((0.5, 1), (0.5, 1), color=_GREY, linewidth=1.4, label="as sure as right")
+    line = [(confidence, accuracy) for confidence, accuracy, _ in points]
+    axes.plot(*zip(*line, strict=True), "o-", color=_COLOURS[0], linewidth=1.2, markersize=5, label="pairs, by bin")
+    for confidence, accuracy, count in points:
+        below = accuracy > 0.9
+        axes.annotate(str(count), (confidence, accuracy), xytext=(0, -13 if below else 7), textcoords="offset points",
+                      ha="center", fontsize=8, color=_COLOURS[5])  # fmt: skip
+    axes.set_xlim(0.48, 1.02)
+    axes.set_ylim(-0.03, 1.05)
+    axes.legend(frameon=False, loc="lower right")
+    _save(figure, axes, path, legend=False)
+
+
 def distributions(
     path: Path,
     labels: Sequence[str],

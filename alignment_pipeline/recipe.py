@@ -66,6 +66,8 @@ class Recipe(BaseModel):
             yield "data: found world_rows beside path or hub_name, expected one kind of source; set the other to null"
         if base.path and base.hub_name:
             yield "base_model: found both path and hub_name, expected one; set the other to null"
+        if self.reward_model and self.reward_model.path and self.reward_model.hub_name:
+            yield "reward_model: found both path and hub_name, expected one; set the other to null"
         judge, method = self.evaluation and self.evaluation.judge, self.labelling and self.labelling.method
         if "gold_rule" in (judge, method) and not data.world_rows:
             yield (
@@ -170,6 +172,11 @@ class Recipe(BaseModel):
             yield (
                 "ppo.value_trunk: found reward_model, but PPO is not rewarded by a reward_model section; "
                 "expected one, or shared, detached or separate"
+            )
+        elif ppo and ppo.value_trunk == "reward_model" and self.reward_model and self.reward_model.is_given:
+            yield (
+                "ppo.value_trunk: found reward_model, which starts from a model of its own that cannot read the "
+                "policy's tokens; expected shared, detached or separate"
             )
 
     def _number_problems(self) -> Iterable[str]:

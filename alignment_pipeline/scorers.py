@@ -1,7 +1,7 @@
 """Where PPO's scores come from: a reward model, a text classifier, or a function written in Python.
 
 Each scorer is called with prompts and responses and gives a score for each response. A response was cut at its first
-end token; a reward model of the same tokenizer reads its tokens, everything else its text.
+end token; a reward model on the trunk reads its tokens, everything else its text.
 """
 
 import importlib.util
@@ -17,21 +17,21 @@ from alignment_pipeline.errors import RecipeError
 from alignment_pipeline.generation import Response
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.ppo.rollout import Prompt
-from alignment_pipeline.reward import score_responses
+from alignment_pipeline.reward import RewardScorer
 from alignment_pipeline.sequences import by_length, pack
 
 
 class RewardModelScorer:
-    """A reward model in its own memory that shares the policy's tokenizer."""
+    """A reward model in its own memory; it may have another tokenizer than the policy."""
 
-    def __init__(self, model: Any, pad_id: int, batch_size: int) -> None:
-        self._model, self._pad_id, self._batch_size = model, pad_id, batch_size
+    def __init__(self, scorer: RewardScorer, tokenizer: Any, batch_size: int) -> None:
+        self._scorer, self._tokenizer, self._batch_size = scorer, tokenizer, batch_size
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         """Scores in the order of the responses."""
-        return score_responses(
-            self._model, [prompt.token_ids for prompt in prompts], [response.token_ids for response in responses],
-            self._pad_id, self._batch_size,
+        return self._scorer.score_sampled(
+            self._tokenizer, [prompt.token_ids for prompt in prompts], [response.token_ids for response in responses],
+            self._batch_size,
         )  # fmt: skip
 
 

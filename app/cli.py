@@ -60,7 +60,7 @@ def run(
     """Make a recipe's assets; what exists already is reused."""
     from app.explain import explain_forecast, explain_run
     from app.recipes import find_recipe
-    from app.results import load_results, print_results
+    from app.results import load_results, print_results, result_asset
 
     loaded = find_recipe(recipe, overrides or [])
     if dry_run:
@@ -73,12 +73,11 @@ def run(
         explain_run(_console, alignment_home(), outcome.run_id, outcome.assets)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
-    if "comparison" in outcome.assets:
+    result = result_asset(outcome.assets)
+    if result:
         print_results(_console, load_results(alignment_home(), recipe, outcome.run_id))
-    _console.print(
-        f"Next: `make dev` for the web UI · `align chat {recipe} {_last_policy(recipe)}` · `align results --json`",
-        highlight=False,
-    )
+    use = f"score {recipe} FILE" if result == "reward_model" else f"chat {recipe} {_last_policy(recipe)}"
+    _console.print(f"Next: `make dev` for the web UI · `align {use}` · `align results --json`", highlight=False)
 
 
 @app.command()
@@ -101,7 +100,7 @@ def results(
 ) -> None:
     """Print the table of results."""
     from app.recipes import all_recipes, find_recipe
-    from app.results import load_results, print_results
+    from app.results import load_results, print_results, result_asset
     from resources.runs import RunRecords
 
     home = alignment_home()
@@ -109,7 +108,7 @@ def results(
     if recipe is not None:
         names = [find_recipe(recipe).name]
     else:
-        names = [each.name for each in all_recipes() if "comparison" in RunRecords(home).current(each.name)]
+        names = [each.name for each in all_recipes() if result_asset(RunRecords(home).current(each.name))]
     if run_id is not None:
         names = [RunRecords(home).read(run_id)["recipe"]]
     if not names:
@@ -170,6 +169,25 @@ def chat(
 
     use_dagster_instance(alignment_home())
     chat_with(_console, find_recipe(recipe), policy, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def score(
+    recipe: RecipeArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="JSON lines {prompt, response}, or {prompt, response_a, response_b} to compare; else standard input."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for a program.")] = False,
+) -> None:
+    """Score responses by a recipe's reward model or classifier; prompts go into the recipe's template."""
+    from app.recipes import find_recipe
+    from app.score import score_file
+
+    use_dagster_instance(alignment_home())
+    score_file(_console, find_recipe(recipe), file, as_json=as_json)
 
 
 @app.command()

@@ -25,6 +25,7 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
     "preference_pairs": (("splits_share_no_prompt", _BLOCKING, "No prompt has pairs in both splits."),),
     "reward_model": (
         ("reward_model_beats_length_baseline", _WARNING, "Held-out accuracy is above preferring by length alone."),
+        ("reward_model_accuracy_is_plausible", _WARNING, "Held-out accuracy is not so high that it must be a pattern."),
     ),
     "ppo_policy": (
         (

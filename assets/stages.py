@@ -72,6 +72,7 @@ STAGE_ASSETS: dict[str, StageAsset] = {
         "A scorer of responses learned from the pairs (Bradley–Terry); PPO's reward and the learned score of every "
         "evaluation.",
         _MODEL,
+        ("scores.jsonl",),
         on_gpu=True,
     ),
     "reward_classifier": StageAsset(

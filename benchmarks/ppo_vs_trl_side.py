@@ -206,10 +206,11 @@ def run_ours(job: Json, recorder: Recorder) -> Callable[[], None]:
     from transformers.models.opt import modeling_opt  # noqa: F401  # before memory is measured
 
     from alignment_pipeline.configs import PpoConfig
-    from alignment_pipeline.models import load_causal_lm, load_scorer, load_tokenizer
+    from alignment_pipeline.models import load_causal_lm, load_tokenizer
     from alignment_pipeline.ppo.policy import PolicyWithValue
     from alignment_pipeline.ppo.rollout import Prompt
     from alignment_pipeline.ppo.trainer import PpoTrainer
+    from alignment_pipeline.reward import RewardScorer
     from alignment_pipeline.scorers import RewardModelScorer
 
     def train() -> None:
@@ -236,16 +237,16 @@ def run_ours(job: Json, recorder: Recorder) -> Callable[[], None]:
             **job["ours"],
         )
         tokenizer = load_tokenizer(folder / "base")
-        reward = load_scorer(folder / "reward", folder / "base")
+        reward = RewardScorer.load(folder / "reward", folder / "base")
         prompts = [
             Prompt(str(row), tokenizer.decode(token_ids), token_ids)
             for row, token_ids in enumerate(json.loads((folder / "prompts.json").read_text()))
         ]
         torch.manual_seed(job["seed"])
-        policy = PolicyWithValue(load_causal_lm(folder / "base" / "model"), config, reward_model=reward)
+        policy = PolicyWithValue(load_causal_lm(folder / "base" / "model"), config, reward_model=reward.model)
         policy.evaluate = split_forward(policy.evaluate)  # type: ignore[method-assign]
         policy.reference_logprobs = recorder.clocked("reference", policy.reference_logprobs)  # type: ignore[method-assign]
-        score = recorder.clocked("reward", RewardModelScorer(reward, tokenizer.pad_token_id, load["rollouts"]))
+        score = recorder.clocked("reward", RewardModelScorer(reward, tokenizer, load["rollouts"]))
         trainer = PpoTrainer(policy, score, tokenizer, prompts, config, job["seed"])
         recorder.start()
         for _ in range(job["updates"]):

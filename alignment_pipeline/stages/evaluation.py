@@ -21,9 +21,9 @@ from alignment_pipeline.errors import ModelError
 from alignment_pipeline.generation import generate
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES, judge
-from alignment_pipeline.models import load_policy, load_scorer, load_tokenizer
+from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.reward import score_responses
+from alignment_pipeline.reward import RewardScorer
 from alignment_pipeline.sequences import by_length, pack, per_row, response_logits
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.statistics import mean
@@ -60,7 +60,7 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
     if classifier is not None:
         learned = classifier.scores(texts, config.batch_size)
     else:
-        learned = _learned_scores(spec, prompts, token_ids, tokenizer.pad_token_id)
+        learned = _learned_scores(spec, prompts, token_ids, tokenizer)
     log.step("evaluate", 3, _STEPS)
     if config.judge == "reward_classifier":
         judged = _require(classifier).probabilities(texts, config.batch_size)
@@ -143,12 +143,12 @@ def _require(classifier: ClassifierScorer | None) -> ClassifierScorer:
 
 
 def _learned_scores(
-    spec: StageSpec[EvaluationConfig], prompts: list[TokenIds], responses: list[TokenIds], pad_id: int
+    spec: StageSpec[EvaluationConfig], prompts: list[TokenIds], responses: list[TokenIds], tokenizer: Any
 ) -> list[float] | list[None]:
     if "reward_model" not in spec.inputs:
         return [None] * len(prompts)
-    scorer = load_scorer(spec.inputs["reward_model"], spec.inputs["trunk"], spec.device)
-    return score_responses(scorer, prompts, responses, pad_id, spec.config.batch_size)
+    scorer = RewardScorer.load(spec.inputs["reward_model"], spec.inputs["trunk"], spec.device)
+    return scorer.score_sampled(tokenizer, prompts, responses, spec.config.batch_size)
 
 
 def _checks(metrics: dict[str, float]) -> tuple[StageCheck, ...]:

@@ -20,7 +20,6 @@ from alignment_pipeline.models import (
     MODEL_FOLDER,
     load_causal_lm,
     load_policy,
-    load_scorer,
     load_tokenizer,
     merged,
     save_trained,
@@ -33,6 +32,7 @@ from alignment_pipeline.ppo.rollout import Prompt, ScoreFunction
 from alignment_pipeline.ppo.rollout_table import RolloutTable
 from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.reward import RewardScorer
 from alignment_pipeline.scorers import ClassifierReward, FunctionScorer, RewardModelScorer, SharedTrunkScorer
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.tokenization import encode_prompts
@@ -104,9 +104,9 @@ def _policy_and_score(spec: StageSpec[PpoConfig], tokenizer: Any, device: str) -
     if config.method == "lora" and (artifact / ADAPTER_FOLDER).exists():
         policy = PolicyWithValue(trunk, config, reward_adapter=artifact)
         return policy, SharedTrunkScorer(policy, pad_id, config.generation_batch_size)
-    model = load_scorer(artifact, spec.inputs["trunk"], device)
-    policy = PolicyWithValue(trunk, config, reward_model=model)
-    return policy, RewardModelScorer(model, pad_id, config.generation_batch_size)
+    scorer = RewardScorer.load(artifact, spec.inputs["trunk"], device)
+    policy = PolicyWithValue(trunk, config, reward_model=None if scorer.encoder.own else scorer.model)
+    return policy, RewardModelScorer(scorer, tokenizer, config.generation_batch_size)
 
 
 def _prompts(spec: StageSpec[PpoConfig], tokenizer: Any) -> list[Prompt]:

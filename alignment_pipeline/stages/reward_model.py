@@ -1,71 +1,185 @@
-"""`reward_model`: a Bradley–Terry scorer on the trunk (TRL's RewardTrainer), beside a length-only baseline."""
+"""`reward_model`: a Bradley–Terry scorer (TRL's RewardTrainer) on the trunk, or on another model that is given.
 
+`adapter/` (of the trunk) or `model/`; of a given model always `model/`, merged, with its own tokenizer.
+`scores.jsonl`: one row a held-out pair, see `reward_report.ScoredPair`.
+`summary.json`: {own_tokenizer, max_tokens, pairs: {train, validation, dropped}, table: the report's rows, metrics,
+held_out_tokens_sha256: of the held-out pairs' token ids, as they were read}.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
+from alignment_pipeline import atomic, plots
 from alignment_pipeline.configs import RewardModelConfig
-from alignment_pipeline.identity import read_jsonl
-from alignment_pipeline.models import MODEL_FOLDER, load_tokenizer, new_scorer, save_trained, with_adapter
+from alignment_pipeline.errors import DataError
+from alignment_pipeline.given_model import give_padding_of_its_own, read_given_model
+from alignment_pipeline.identity import digest, write_jsonl
+from alignment_pipeline.limits import max_positions, positions_of
+from alignment_pipeline.models import (
+    MODEL_FOLDER,
+    load_tokenizer,
+    merged,
+    new_scorer,
+    save_model,
+    save_trained,
+    turn_dropout_off,
+    with_adapter,
+)
+from alignment_pipeline.preferences import PreferencePair, read_pairs
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.reward import length_baseline_accuracy, pair_accuracy, score_responses
+from alignment_pipeline.reward import (
+    MAX_TOKENS,
+    OWN_TOKENIZER,
+    SUMMARY,
+    RewardEncoder,
+    RewardScorer,
+)
+from alignment_pipeline.reward_report import PLAUSIBLE_ACCURACY, calibration, pair_scores, report, score_pairs
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
-from alignment_pipeline.tokenization import encode_prompts, encode_side
+from alignment_pipeline.statistics import win_rate
+from alignment_pipeline.tokenization import TokenIds
 from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
+
+SPLITS = ("train", "validation")
+
+TokenizedPair = dict[str, TokenIds]
+"""`chosen_ids` and `rejected_ids`, TRL's names: prompt and response of each side."""
 
 
 def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> StageResult:
-    """Train on the training pairs; report accuracy on held-out pairs and of preferring by length alone."""
-    tokenizer = load_tokenizer(spec.inputs["trunk"])
-    pairs = {split: read_jsonl(spec.inputs["pairs"] / f"{split}.jsonl") for split in ("train", "validation")}
+    """Train on the training pairs; report how held-out ones are told apart.
+
+    Raises:
+        ModelError: A given model cannot be read safely.
+        DataError: A split holds no pair that is short enough.
+    """
     seed_everything(spec.seed)
-    model = with_adapter(new_scorer(spec.inputs["trunk"] / MODEL_FOLDER).to(spec.device), spec.config, "SEQ_CLS")
+    model, encoder = _start(spec)
+    pairs = {split: read_pairs(spec.inputs["pairs"] / f"{split}.jsonl") for split in SPLITS}
+    kept, rows = _fitting(pairs, encoder)
     trainer = RewardTrainer(
-        model=model,
+        model=with_adapter(model, spec.config, "SEQ_CLS"),
         args=TrlRewardConfig(**trainer_arguments(spec, spec.config), max_length=None),
-        train_dataset=dataset_of(_tokenized(pairs["train"], tokenizer), "preference pairs"),
-        processing_class=tokenizer,
+        train_dataset=dataset_of(rows["train"], "preference pairs"),
+        processing_class=encoder.tokenizer,
     )
     train(trainer, spec, log)
     log.note("Scoring held-out pairs.")
-    accuracy = _accuracy(trainer.model, tokenizer, pairs["validation"], spec.config.batch_size)
-    baseline = length_baseline_accuracy(pairs["train"], pairs["validation"])
-    save_trained(trainer.model, tokenizer, spec.output_dir)
-    return StageResult(
-        {
-            "reward/held_out_accuracy": accuracy,
-            "reward/length_baseline_accuracy": baseline,
-            "reward/held_out_pairs": float(len(pairs["validation"])),
-            "train/steps": float(trainer.state.global_step),
-        },
-        (
-            StageCheck(
-                "reward_model_beats_length_baseline",
-                accuracy > baseline,
-                f"{accuracy:.1%} of {len(pairs['validation'])} held-out pairs, against {baseline:.1%} by length alone.",
-            ),
+    trainer.model.eval()
+    metrics = _measure(spec, RewardScorer(trainer.model, encoder), pairs, kept, digest(rows["validation"]))
+    if spec.config.is_given:
+        save_model(merged(trainer.model), encoder.tokenizer, spec.output_dir)
+    else:
+        save_trained(trainer.model, encoder.tokenizer, spec.output_dir)
+    steps = {"train/steps": float(trainer.state.global_step)}
+    return StageResult(metrics | steps, _checks(metrics, len(kept["validation"])))
+
+
+def _start(spec: StageSpec[RewardModelConfig]) -> tuple[Any, RewardEncoder]:
+    """The model that is trained, and how it reads text."""
+    config = spec.config
+    if not config.is_given:
+        trunk = spec.inputs["trunk"]
+        encoder = RewardEncoder.within(load_tokenizer(trunk), max_positions(trunk), config.max_tokens, own=False)
+        return new_scorer(trunk / MODEL_FOLDER).to(spec.device), encoder
+    source = Path(config.path) if config.path is not None else str(config.hub_name)
+    model, tokenizer = read_given_model(
+        "reward_model", source, config.hub_revision, AutoModelForSequenceClassification, new_head=True
+    )
+    give_padding_of_its_own(model, tokenizer, spec.seed)
+    turn_dropout_off(model)
+    positions = positions_of(model.config.to_dict())
+    return model.to(spec.device), RewardEncoder.within(tokenizer, positions, config.max_tokens, own=True)
+
+
+def _fitting(
+    pairs: Mapping[str, list[PreferencePair]], encoder: RewardEncoder
+) -> tuple[dict[str, list[PreferencePair]], dict[str, list[TokenizedPair]]]:
+    """The pairs of each split that are short enough on both sides, and the tokens of them.
+
+    Raises:
+        DataError: None is, in one of the splits.
+    """
+    kept: dict[str, list[PreferencePair]] = {}
+    rows: dict[str, list[TokenizedPair]] = {}
+    for split, given in pairs.items():
+        prompts = [pair["prompt"] for pair in given]
+        chosen = encoder.encode(prompts, [p["chosen"] for p in given], [p["chosen_ended"] for p in given])
+        rejected = encoder.encode(prompts, [p["rejected"] for p in given], [p["rejected_ended"] for p in given])
+        fitting = [encoder.fits(better) and encoder.fits(worse) for better, worse in zip(chosen, rejected, strict=True)]
+        kept[split] = [pair for pair, fits in zip(given, fitting, strict=True) if fits]
+        rows[split] = [
+            {"chosen_ids": better, "rejected_ids": worse}
+            for better, worse, fits in zip(chosen, rejected, fitting, strict=True)
+            if fits
+        ]
+        if not kept[split]:
+            raise DataError(
+                f"reward_model: found {len(given)} pairs in {split}, none of at most {encoder.max_tokens} tokens on "
+                "both sides, expected at least one. Raise reward_model.max_tokens or give a model that reads more."
+            )
+    return kept, rows
+
+
+def _measure(
+    spec: StageSpec[RewardModelConfig],
+    scorer: RewardScorer,
+    pairs: Mapping[str, Sequence[PreferencePair]],
+    kept: Mapping[str, Sequence[PreferencePair]],
+    held_out_tokens: str,
+) -> dict[str, float]:
+    """Write `scores.jsonl`, `summary.json` and the plots; the metrics."""
+    train_pairs, held_out, batch_size = kept["train"], kept["validation"], 4 * spec.config.batch_size
+    scored = score_pairs(scorer, held_out, spec.seed, batch_size)
+    table, metrics = report(scored, train_pairs, held_out)
+    seen = random.Random(spec.seed).sample(train_pairs, min(len(train_pairs), len(held_out)))
+    metrics["reward/train_accuracy"] = win_rate(
+        *pair_scores(scorer, seen, [pair["prompt"] for pair in seen], batch_size)
+    )
+    counts = {split: len(kept[split]) for split in SPLITS}
+    counts["dropped"] = sum(map(len, pairs.values())) - sum(counts.values())
+    metrics["reward/held_out_pairs"] = float(counts["validation"])
+    metrics["reward/dropped_pairs"] = float(counts["dropped"])
+    write_jsonl(spec.output_dir / "scores.jsonl", scored)
+    summary = {OWN_TOKENIZER: scorer.encoder.own, MAX_TOKENS: scorer.encoder.max_tokens, "pairs": counts,
+               "table": table, "metrics": metrics, "held_out_tokens_sha256": held_out_tokens}  # fmt: skip
+    atomic.write_json(spec.output_dir / SUMMARY, summary)
+    _draw(spec.output_dir / "extras", scored)
+    return metrics
+
+
+def _draw(folder: Path, scored: Sequence[Mapping[str, Any]]) -> None:
+    margins = {"its own prompt": [row["margin"] for row in scored]}
+    if scored[0]["shuffled_chosen_score"] is not None:
+        margins["another prompt"] = [row["shuffled_chosen_score"] - row["shuffled_rejected_score"] for row in scored]
+    plots.histogram(
+        folder / "margins.png", margins, f"Margins of {len(scored)} held-out pairs", "score of chosen - rejected"
+    )
+    bins = calibration(margins["its own prompt"])
+    plots.reliability(
+        folder / "calibration.png", [(each.confidence, each.accuracy, each.pairs) for each in bins],
+        f"Calibration on {len(scored)} held-out pairs",
+    )  # fmt: skip
+
+
+def _checks(metrics: Mapping[str, float], held_out: int) -> tuple[StageCheck, ...]:
+    accuracy, baseline = metrics["reward/held_out_accuracy"], metrics["reward/length_baseline_accuracy"]
+    return (
+        StageCheck(
+            "reward_model_beats_length_baseline",
+            accuracy > baseline,
+            f"{accuracy:.1%} of {held_out} held-out pairs, against {baseline:.1%} by length alone.",
+        ),
+        StageCheck(
+            "reward_model_accuracy_is_plausible",
+            accuracy <= PLAUSIBLE_ACCURACY,
+            f"{accuracy:.1%} of {held_out} held-out pairs; above {PLAUSIBLE_ACCURACY:.0%} look for a surface pattern "
+            "that tells chosen from rejected, or a leak.",
         ),
     )
-
-
-def _tokenized(pairs: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
-    chosen, rejected = encode_side(tokenizer, pairs, "chosen"), encode_side(tokenizer, pairs, "rejected")
-    return [
-        {"chosen_ids": prompt + better, "rejected_ids": prompt + worse}
-        for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
-    ]
-
-
-def _accuracy(model: Any, tokenizer: Any, pairs: list[dict[str, Any]], batch_size: int) -> float:
-    model.eval()
-    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
-    scores = [
-        score_responses(
-            model, prompts, encode_side(tokenizer, pairs, side),
-            tokenizer.pad_token_id, 4 * batch_size,
-        )
-        for side in ("chosen", "rejected")
-    ]  # fmt: skip
-    return pair_accuracy(*scores)

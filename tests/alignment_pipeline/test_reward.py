@@ -5,17 +5,12 @@ import pytest
 import torch
 
 from alignment_pipeline.models import new_scorer
-from alignment_pipeline.reward import batch_scores, length_baseline_accuracy, pair_accuracy, score_responses
-from alignment_pipeline.sequences import pack
+from alignment_pipeline.reward import score_responses
 
 ROUNDING = 1e-5  # batched and one-by-one matrix products add in another order, float32
 # Not in the order of their lengths, by which batches are made.
 PROMPTS = [[18, 5, 77, 42, 9, 130, 131], [91], [7, 12, 250, 33]]
 RESPONSES = [[3, 9], [99, 98, 97, 96, 1], [44, 45, 1]]
-
-
-def pairs(*lengths: tuple[int, int]) -> list[dict[str, Any]]:
-    return [{"chosen": "c" * chosen, "rejected": "r" * rejected} for chosen, rejected in lengths]
 
 
 @pytest.mark.parametrize("architecture", ["opt", "opt_projected", "gpt2", "llama"])
@@ -34,19 +29,3 @@ def test_a_score_is_the_heads_output_at_the_last_token_whatever_the_batch(
     for batch_size in (1, 3):
         found = score_responses(scorer, PROMPTS, RESPONSES, pad_id, batch_size)
         assert found == pytest.approx(expected, abs=ROUNDING)
-    assert batch_scores(scorer, pack(PROMPTS, RESPONSES, pad_id)).shape == (3,)
-
-
-def test_accuracy_counts_ties_half() -> None:
-    assert pair_accuracy([1.0, 2.0, 3.0, 5.0], [0.0, 2.0, 4.0, 1.0]) == 0.625
-
-
-def test_the_length_baseline_learns_its_direction_from_the_training_pairs() -> None:
-    held_out = pairs((5, 1), (5, 2), (1, 3), (2, 2))
-    longer_wins, shorter_wins = pairs((9, 1), (8, 2), (1, 2)), pairs((1, 9))
-    assert length_baseline_accuracy(longer_wins, held_out) == 0.625
-    assert length_baseline_accuracy(shorter_wins, held_out) == 0.375
-
-
-def test_held_out_pairs_do_not_choose_the_direction() -> None:
-    assert length_baseline_accuracy(pairs((1, 9)), pairs((9, 1), (9, 1))) == 0.0

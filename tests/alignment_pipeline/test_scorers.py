@@ -8,9 +8,10 @@ import torch
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import RecipeError
 from alignment_pipeline.generation import Response
-from alignment_pipeline.models import load_causal_lm, load_scorer
+from alignment_pipeline.models import load_causal_lm
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.ppo.rollout import Prompt
+from alignment_pipeline.reward import RewardScorer
 from alignment_pipeline.scorers import FunctionScorer, RewardModelScorer, SharedTrunkScorer
 
 # Batched and one-by-one products, and W + s·BA merged or not, add in another order: float32, scores of size 1 to 10.
@@ -38,13 +39,14 @@ def test_a_reward_model_gives_the_same_scores_in_its_own_memory_and_on_the_polic
     tiny_models: Any, reward_artifact: RewardArtifact, architecture: str, batch_size: int
 ) -> None:
     trunk, reward = reward_artifact(architecture)
-    model, pad_id = load_scorer(reward, trunk), tiny_models.tokenizer.pad_token_id
+    scorer, pad_id = RewardScorer.load(reward, trunk), tiny_models.tokenizer.pad_token_id
     policy = PolicyWithValue(load_causal_lm(trunk / "model"), PpoConfig(lora_rank=2), reward)
     with torch.no_grad():  # a trained policy: its adapter has no part in the scores
         for parameter in policy.policy_parameters():
             parameter.normal_(std=0.2)
-    expected = one_by_one(model)
-    assert RewardModelScorer(model, pad_id, batch_size)(PROMPTS, RESPONSES) == pytest.approx(expected, abs=ROUNDING)
+    expected = one_by_one(scorer.model)
+    apart = RewardModelScorer(scorer, tiny_models.tokenizer, batch_size)(PROMPTS, RESPONSES)
+    assert apart == pytest.approx(expected, abs=ROUNDING)
     shared = SharedTrunkScorer(policy, pad_id, batch_size)(PROMPTS, RESPONSES)
     assert shared == pytest.approx(expected, abs=ROUNDING)
     assert min(abs(a - b) for a, b in ((shared[0], shared[1]), (shared[1], shared[2]))) > 10 * ROUNDING

@@ -10,11 +10,11 @@ import torch
 
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.errors import NonFiniteError, RecipeError
-from alignment_pipeline.models import load_scorer
 from alignment_pipeline.ppo.losses import masked_mean, policy_losses, value_losses
 from alignment_pipeline.ppo.processes import Processes
 from alignment_pipeline.ppo.rewards import adapted_kl_coef
 from alignment_pipeline.ppo.trainer import PpoTrainer, learning_rate_share
+from alignment_pipeline.reward import RewardScorer
 from alignment_pipeline.scorers import RewardModelScorer, SharedTrunkScorer
 
 # One step's gradients, summed over tokens in another order: float32, relative to the largest of a tensor.
@@ -303,9 +303,9 @@ class TestValuesThatStartAsTheRewardModel:
 
         def made(**config: Any) -> Any:
             if request.param == "in its own memory":
-                model = load_scorer(reward, trunk)
-                case = ppo_case(reward_model=model, value_trunk="reward_model", **config)
-                case.score, case.frozen = RewardModelScorer(model, case.tokenizer.pad_token_id, 4), model
+                scorer = RewardScorer.load(reward, trunk)
+                case = ppo_case(reward_model=scorer.model, value_trunk="reward_model", **config)
+                case.score, case.frozen = RewardModelScorer(scorer, case.tokenizer, 4), scorer.model
                 return case
             case = ppo_case(reward_adapter=reward, value_trunk="reward_model", **config)
             case.score, case.frozen = SharedTrunkScorer(case.policy, case.tokenizer.pad_token_id, 4), None

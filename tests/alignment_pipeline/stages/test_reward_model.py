@@ -9,7 +9,9 @@ from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.models import load_scorer, load_tokenizer
 from alignment_pipeline.preferences import make_pair
 from alignment_pipeline.progress import ProgressLog, metric_series
-from alignment_pipeline.reward import length_baseline_accuracy, pair_accuracy, score_responses
+from alignment_pipeline.reward import score_responses
+from alignment_pipeline.reward_report import length_baseline_accuracy
+from alignment_pipeline.statistics import win_rate
 from alignment_pipeline.tokenization import encode, encode_side
 
 
@@ -30,7 +32,7 @@ def test_the_published_scorer_has_the_reported_accuracy(smoke: Any) -> None:
     ]  # fmt: skip
     # A merged adapter rounds otherwise, which may turn a pair whose scores are nearly equal.
     one_pair = 1 / len(pairs["validation"])
-    assert metrics["reward/held_out_accuracy"] == pytest.approx(pair_accuracy(*scores), abs=one_pair)
+    assert metrics["reward/held_out_accuracy"] == pytest.approx(win_rate(*scores), abs=one_pair)
     baseline = length_baseline_accuracy(pairs["train"], pairs["validation"])
     assert metrics["reward/length_baseline_accuracy"] == baseline
     check = smoke.results["reward_model"].checks[0]

@@ -1,0 +1,172 @@
+"""`align score`: what a recipe's reward says of responses, and which of two it prefers."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from alignment_pipeline.errors import DataError, MissingArtifactError, RecipeError
+from alignment_pipeline.graph import build_graph
+from alignment_pipeline.recipe import Recipe
+from alignment_pipeline.templates import Template
+from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.home import alignment_home
+from resources.runs import RunRecords
+
+ONE = ("prompt", "response")
+TWO = ("prompt", "response_a", "response_b")
+_REWARDS = ("reward_model", "reward_classifier")
+_BATCH_SIZE = 32
+_SHOWN_CHARS = 48
+
+Score = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Prompts in the recipe's template and responses → scores."""
+
+
+def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: bool) -> None:
+    """Print the score of each line's response or, of two, which one is preferred, and how often the first.
+
+    Args:
+        console: Where tables go; JSON goes to standard output.
+        recipe: Its current reward model scores, or its classifier by the logit of its label.
+        file: JSON lines {prompt, response} or {prompt, response_a, response_b}; standard input if None.
+        as_json: Print JSON lines.
+
+    Raises:
+        RecipeError: The recipe has neither of them.
+        MissingArtifactError: It has not been made.
+        DataError: The lines cannot be read, or hold something else.
+    """
+    rewards = [name for name in _REWARDS if name in build_graph(recipe)]
+    if not rewards:
+        raise RecipeError(
+            f"{recipe.name} has neither a reward_model nor a reward_classifier, expected one to score by."
+        )
+    refs = RunRecords(alignment_home()).current(recipe.name)
+    if rewards[0] not in refs:
+        raise MissingArtifactError(f"{rewards[0]} of {recipe.name} has not been made. Run `align run {recipe.name}`.")
+    rows = read_lines(_lines(file), "standard input" if file is None else str(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
+        score = _scorer(refs[rewards[0]])
+        template = _template(recipe, refs)
+        prompts = [_in_template(template, row["prompt"]) for row in rows]
+        start = template.response_start if template else ""
+        scores = [score(prompts, [start + row[side] for row in rows]) for side in list(rows[0])[1:]]
+    if as_json:
+        for line in _as_json(scores):
+            sys.stdout.write(json.dumps(line) + "\n")
+    else:
+        _print(console, f"{rewards[0]} of {recipe.name}", rows, scores)
+
+
+def read_lines(lines: Iterable[str], where: str) -> list[dict[str, str]]:
+    """Rows with the keys `ONE`, or all with the keys `TWO`; blank lines are left out.
+
+    Raises:
+        DataError: There is no row, or a line holds something else.
+    """
+    expected = f'expected {{"{ONE[0]}": text, "{ONE[1]}": text}}, or in every line "{TWO[1]}" and "{TWO[2]}"'
+    rows: list[dict[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}, line {number}: found no JSON ({error}), {expected}.") from error
+        found = set(value) if isinstance(value, dict) else set()
+        keys = next((keys for keys in (TWO, ONE) if found == set(keys)), None)
+        if keys is None or not all(isinstance(text, str) for text in value.values()):
+            raise DataError(f"{where}, line {number}: found {line.strip()[:80]}, {expected}.")
+        if rows and list(rows[0]) != list(keys):
+            raise DataError(f"{where}, line {number}: found {', '.join(keys)} after {', '.join(rows[0])}, {expected}.")
+        rows.append({key: value[key] for key in keys})
+    if not rows:
+        raise DataError(f"{where}: found no line, {expected}.")
+    return rows
+
+
+def _lines(file: Path | None) -> list[str]:
+    try:
+        return list(sys.stdin) if file is None else file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file or 'standard input'} cannot be read ({error}), expected JSON lines.") from error
+
+
+def _template(recipe: Recipe, refs: Mapping[str, ArtifactRef]) -> Template | None:
+    """The recipe's template; None where prompts are plain texts."""
+    if recipe.data.text_field:
+        return None
+    tokenizer = None
+    if recipe.formatting.template == "chat":
+        from alignment_pipeline.models import load_tokenizer
+
+        tokenizer = load_tokenizer(ArtifactStore(alignment_home()).verify(refs["base_model"]))
+    return Template(recipe.formatting.template, tokenizer)
+
+
+def _in_template(template: Template | None, prompt: str) -> str:
+    return template.prompt({"instruction": prompt, "input": ""}) if template else prompt
+
+
+def _scorer(ref: ArtifactRef) -> Score:
+    from transformers.utils import logging
+
+    from alignment_pipeline.classifier import ClassifierScorer
+    from alignment_pipeline.reward import RewardScorer
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that the trunk has no score head is known: the adapter brings it
+    store = ArtifactStore(alignment_home())
+    folder = store.verify(ref)
+    if ref.stage == "reward_classifier":
+        classifier = ClassifierScorer.load(folder)
+        return lambda prompts, responses: classifier.scores(
+            [prompt + response for prompt, response in zip(prompts, responses, strict=True)], _BATCH_SIZE
+        )
+    trunk = store.manifest(ref)["inputs"].get("trunk")
+    scorer = RewardScorer.load(folder, store.verify(ArtifactRef(**trunk)) if trunk else None)
+    return lambda prompts, responses: scorer.score(prompts, responses, batch_size=_BATCH_SIZE)
+
+
+def _as_json(scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """A value for each line and, of pairs, one more for all of them."""
+    if len(scores) == 1:
+        return [{"score": score} for score in scores[0]]
+    from alignment_pipeline.reward import Preference
+
+    pairs = [{"score_a": a, "score_b": b, "preferred": _preferred(a, b)} for a, b in zip(*scores, strict=True)]
+    return [*pairs, {"preference_of_a": vars(Preference.between(*scores))}]
+
+
+def _print(console: Console, title: str, rows: Sequence[dict[str, str]], scores: Sequence[Sequence[float]]) -> None:
+    table = Table("prompt", title=f"Scores by {title}", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    columns = ["score"] if len(scores) == 1 else ["score of A", "score of B", "preferred"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row, numbers in zip(rows, zip(*scores, strict=True), strict=True):
+        prompt = " ".join(row["prompt"].split())
+        shown = prompt if len(prompt) <= _SHOWN_CHARS else prompt[: _SHOWN_CHARS - 1] + "…"
+        verdict = [_preferred(*numbers) or "neither"] if len(numbers) == 2 else []
+        table.add_row(shown, *(f"{number:.3f}" for number in numbers), *verdict)
+    console.print(table, markup=False, highlight=False)
+    if len(scores) == 2:
+        from alignment_pipeline.reward import Preference
+
+        found = Preference.between(*scores)
+        console.print(
+            f"A is preferred in {found.win_rate:.1%} of {found.pairs} pairs, 95% interval {found.low:.1%} to "
+            f"{found.high:.1%}; ties count half.",
+            highlight=False, markup=False,
+        )  # fmt: skip
+
+
+def _preferred(a: float, b: float) -> str | None:
+    return None if a == b else "A" if a > b else "B"
