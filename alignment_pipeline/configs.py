@@ -427,7 +427,7 @@ class DecodingSweepConfig(StageConfig):
         description="Policy that answers; null is the model that policies are trained from.",
         json_schema_extra=UNKEYED,
     )
-    judge: JudgeName = Field(description="Who scores responses, from 0 to 1; as evaluation.judge.")
+    judge: JudgeName = Field(description="Who scores responses, from 0 to 1; the evaluation's if left out of a recipe.")
     prompts: int = Field(100, ge=2, description="Test prompts; fewer if the split is smaller.")
     max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
     batch_size: int = Field(128, ge=1, description="Responses generated and scored together.")

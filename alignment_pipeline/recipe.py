@@ -43,6 +43,15 @@ class Recipe(BaseModel):
     evaluation: configs.EvaluationConfig
     decoding: configs.DecodingSweepConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sweep_has_the_evaluations_judge(cls, raw: Any) -> Any:
+        """Fill in the judge of a decoding sweep that names none."""
+        decoding, evaluation = (raw.get(name) for name in ("decoding", "evaluation"))
+        if isinstance(decoding, dict) and isinstance(evaluation, dict) and "judge" in evaluation:
+            return {**raw, "decoding": {"judge": evaluation["judge"], **decoding}}
+        return raw
+
     @model_validator(mode="after")
     def _combination_can_work(self) -> Self:
         if NAME_PATTERN.fullmatch(self.name) is None:
