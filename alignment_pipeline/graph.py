@@ -70,6 +70,8 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
         )  # fmt: skip
     evaluations: dict[str, Any] = {policy: evaluation_asset(policy) for policy in policies}
     add("comparison", "evaluation", **evaluations)
+    swept = (recipe.decoding and recipe.decoding.policy) or trunk
+    add("decoding_sweep", "decoding", dataset="formatted_dataset", policy=swept, trunk=trunk, **rewards)
     return nodes
 
 

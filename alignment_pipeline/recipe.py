@@ -41,6 +41,16 @@ class Recipe(BaseModel):
     dpo: configs.DpoConfig | None = None
     ppo: configs.PpoConfig | None = None
     evaluation: configs.EvaluationConfig | None = None
+    decoding: configs.DecodingSweepConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sweep_has_the_evaluations_judge(cls, raw: Any) -> Any:
+        """Fill in the judge of a decoding sweep that names none."""
+        decoding, evaluation = (raw.get(name) for name in ("decoding", "evaluation"))
+        if isinstance(decoding, dict) and isinstance(evaluation, dict) and "judge" in evaluation:
+            return {**raw, "decoding": {"judge": evaluation["judge"], **decoding}}
+        return raw
 
     @model_validator(mode="after")
     def _combination_can_work(self) -> Self:
@@ -54,6 +64,7 @@ class Recipe(BaseModel):
             *self._reward_problems(),
             *self._value_problems(),
             *self._number_problems(),
+            *self._decoding_problems(),
         ):
             raise ValueError(message)
         return self
@@ -187,7 +198,9 @@ class Recipe(BaseModel):
             if base.hidden_size % base.num_heads:
                 yield f"base_model.hidden_size: found {base.hidden_size}, expected a multiple of {base.num_heads} heads"
             responses = [
-                section.max_new_tokens for section in (self.sampling, ppo, self.evaluation) if section is not None
+                section.max_new_tokens
+                for section in (self.sampling, ppo, self.evaluation, self.decoding)
+                if section is not None
             ]
             longest = max(
                 self.formatting.max_tokens, *(self.formatting.max_prompt_tokens + tokens for tokens in responses)
@@ -199,6 +212,24 @@ class Recipe(BaseModel):
                 )
         if ppo:
             yield from _ppo_problems(ppo)
+
+    def _decoding_problems(self) -> Iterable[str]:
+        decoding = self.decoding
+        if decoding is None:
+            return
+        sections = {
+            "base_model": self.base_model,
+            "sft_model": self.sft,
+            "ppo_policy": self.ppo,
+            "dpo_policy": self.dpo,
+        }
+        policies = [name for name, section in sections.items() if section is not None]
+        if decoding.policy is not None and decoding.policy not in policies:
+            yield f"decoding.policy: found {decoding.policy}, expected one of the recipe's: {', '.join(policies)}"
+        if decoding.judge == "gold_rule" and not self.data.world_rows:
+            yield "decoding.judge: found gold_rule, which judges the built-in world only; expected another judge"
+        if decoding.judge == "reward_classifier" and not self.reward_classifier:
+            yield "decoding.judge: found reward_classifier, expected a reward_classifier section beside it"
 
 
 def _ppo_problems(ppo: configs.PpoConfig) -> Iterable[str]:

@@ -147,7 +147,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 prompt = {prompt}
 tokens = tokenizer(prompt, return_token_type_ids=False, return_tensors="pt")
-answer = model.generate(**tokens, max_new_tokens={config["max_new_tokens"]}, {_decoding_code(config)})
+answer = model.generate(**tokens, {_generate_options(config)})
 print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))"""
     return (
         f"`align export {recipe.name} {record.policy} FOLDER` writes the model as a folder of safetensors, which "
@@ -186,10 +186,17 @@ def _evaluation_settings(record: PolicyRecord) -> dict[str, Any]:
     return evaluation.keyed_values() if evaluation else {"max_new_tokens": 64, "temperature": 0}
 
 
-def _decoding_code(config: Mapping[str, Any]) -> str:
-    if config["temperature"] == 0:
-        return "do_sample=False"
-    return f"do_sample=True, temperature={config['temperature']:g}, top_k=0"
+def _generate_options(config: Mapping[str, Any]) -> str:
+    """An evaluation's decoding as arguments of transformers' `generate`; early evaluations had fewer settings."""
+    options = {"max_new_tokens": config["max_new_tokens"], "do_sample": config["temperature"] > 0}
+    if config["temperature"] > 0:
+        options |= {"temperature": config["temperature"], "top_k": config.get("top_k") or 0}
+        options |= {"top_p": config["top_p"]} if config.get("top_p") else {}
+    for name, unused in (("num_beams", 1), ("repetition_penalty", 1), ("min_new_tokens", 0)):
+        if config.get(name, unused) != unused:
+            options[name] = config[name]
+    return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                     for name, value in options.items())  # fmt: skip
 
 
 def _results(record: PolicyRecord) -> str:
@@ -197,14 +204,14 @@ def _results(record: PolicyRecord) -> str:
     if measured is None:
         return "This policy has not been evaluated."
     config = measured.evaluation.manifest["config"]
-    how = "greedily" if config["temperature"] == 0 else f"at temperature {config['temperature']:g}"
+    how = f"decoded by `{_generate_options(config)}`"
     rows = [
         (title, f"{metric.value:.{decimals}f}", _range(metric.interval, decimals) if metric.interval else "none")
         for _, title, metric, decimals in _metric_rows(record)
     ]
     return (
         f"The policy answered {measured.prompts} test prompts, which no stage of the recipe was trained on, once each, "
-        f"{how}, with at most {config['max_new_tokens']} tokens. The judge ({measured.judge_title}) is "
+        f"{how}. The judge ({measured.judge_title}) is "
         f"{_JUDGES[config['judge']]}.\n\n"
         + _table(("measure", "value", "95% interval"), rows)
         + "\n\nIntervals of rates are Wilson's, those of means are 1.96 standard errors over the prompts to either "

@@ -250,6 +250,11 @@ CREATE TABLE feedback (
     PRIMARY KEY (recipe, line)
 );
 
+-- migration 2: how an evaluation's responses were decoded
+-- rebuild
+
+ALTER TABLE evaluation_examples ADD COLUMN decoding VARCHAR; -- "temperature 0.7, top-p 0.9, up to 64 tokens"
+
 -- views
 
 -- Everything an artifact was made from, however far back; the shortest way counts. Read the other way round
