@@ -45,10 +45,11 @@ CHATML = (
 WORDS = ["film", "story", "plot", "cast", "music", "scene", "actor", "end", "good", "bad", "fine", "dull"]
 
 QUICK = {
+    "data.validation_fraction": 0.1, "data.test_fraction": 0.2,
     "sft.max_steps": 2, "sft.batch_size": 4, "reward_model.max_steps": 2, "reward_model.batch_size": 4,
     "dpo.max_steps": 2, "dpo.batch_size": 4, "ppo.updates": 2, "ppo.rollout_batch_size": 8, "ppo.minibatch_size": 4,
     "ppo.microbatch_size": "null", "evaluation.prompts": 6, "evaluation.max_new_tokens": 8, "decoding.prompts": 3,
-    "decoding.max_new_tokens": 8,
+    "decoding.max_new_tokens": 8, "decoding.min_new_tokens": "[4]",
 }  # fmt: skip
 
 
