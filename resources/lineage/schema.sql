@@ -250,6 +250,12 @@ CREATE TABLE feedback (
     PRIMARY KEY (recipe, line)
 );
 
+-- migration 2: the other response of preference data
+
+-- NULL for rows of other data. An output is the chosen response where it is not. Where `source` begins with "a query
+-- over", `source_line` is the row of the query's result.
+ALTER TABLE dataset_rows ADD COLUMN rejected VARCHAR;
+
 -- views
 
 -- Everything an artifact was made from, however far back; the shortest way counts. Read the other way round

@@ -171,6 +171,8 @@ TYPES = {
     ("sft", "method"): ("full", 3),
     ("sft", "lora_targets"): (["q_proj", "v_proj"], object()),
     ("data", "path"): (None, 3),
+    ("data", "columns"): ({"instruction": "prompt", "input": None}, {"instruction": 3}),
+    ("data", "form"): ("preferences", None),
     ("evaluation", "judge"): ("reference_chrf", None),
 }
 
