@@ -52,7 +52,8 @@ def read_given_model(
         raise ModelError(f"{section}.path: {source} holds no tokenizer files, {remedy}.")
     options: dict[str, Any] = {"local_files_only": True} if local else {"revision": revision}
     options["trust_remote_code"] = False  # left out, transformers asks on the terminal
-    shape = {"num_labels": 1} if new_head else {}
+    # A classifier of several labels has a head of another shape, which is drawn anew like one that is missing.
+    shape = {"num_labels": 1, "ignore_mismatched_sizes": True} if new_head else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, found = _read_weights(source, auto_class, {**options, **shape})
@@ -60,7 +61,8 @@ def read_given_model(
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
     drawn = {*head_names(model), "pooler"} if new_head else set()
-    if missing := sorted(key for key in found["missing_keys"] if drawn.isdisjoint(key.split("."))):
+    lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    if missing := sorted(key for key in lacking if drawn.isdisjoint(key.split("."))):
         raise ModelError(
             f"{section}: {source} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]}), "
             "expected all of them; it was made for another purpose."
@@ -78,6 +80,8 @@ def _read_weights(source: Path | str, auto_class: Any, options: dict[str, Any]) 
             return auto_class.from_pretrained(source, use_safetensors=False, weights_only=True, **reading)
         except OSError:  # nor is there a .bin: the first message is about safetensors
             raise error from None
+        except RuntimeError:  # read, but of another shape
+            raise
         except Exception as refusal:  # the restricted unpickler's errors are of several classes
             raise ValueError(
                 "there are no safetensors, and pytorch_model.bin was refused, since it is damaged or holds more than "

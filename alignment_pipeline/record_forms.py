@@ -124,9 +124,9 @@ def _preference(record: Record) -> Example:
     prompt, chosen = _answered("chosen", record)
     other_prompt, rejected = _answered("rejected", record)
     if prompt != other_prompt:
-        found = next((pair for pair in zip(prompt, other_prompt, strict=False) if pair[0] != pair[1]), None)
-        detail = " and ".join(shown(turn["content"])[:90] for turn in found) if found else "one has more turns"
-        raise _Unusable("prompts_differ", detail)
+        first = next((i for i, pair in enumerate(zip(prompt, other_prompt, strict=False)) if pair[0] != pair[1]), None)
+        counts = f"{len(prompt)} messages before chosen, {len(other_prompt)} before rejected"
+        raise _Unusable("prompts_differ", counts if first is None else f"{counts}; the first to differ is {first + 1}")
     instruction, messages = _prompt_of(prompt)
     _refuse_blank("chosen", chosen)
     _refuse_blank("rejected", rejected)
@@ -199,7 +199,7 @@ def _messages(name: str, value: Any) -> list[Message]:
     turns = []
     for number, message in enumerate(value, start=1):
         role, content = message.get("role"), message.get("content")
-        if role not in _SPEAKERS:
+        if not isinstance(role, str) or role not in _SPEAKERS:
             raise _Unusable("bad_roles", f"{name}, message {number}: role {shown(role)}")
         turns.append(Message(role=role, content=_text(f"{name}, message {number}", content)))
     return turns

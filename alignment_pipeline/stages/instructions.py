@@ -113,6 +113,7 @@ def ingest_instructions(spec: StageSpec[DataConfig], log: ProgressLog) -> StageR
     config, output_dir = spec.config, spec.output_dir
     chunks, source = _read_source(config, spec.seed)
     if config.sql:
+        source["sql"] = config.sql
         chunks = query_chunks(chunks, config.sql, spec.seed, spec.work_dir)
     with Workers() as workers:
         written = _write(output_dir, workers.map(partial(_sift, config=config, seed=spec.seed), chunks), config)

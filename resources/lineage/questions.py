@@ -347,9 +347,14 @@ def _artifacts_of_file(connection: Connection, file: str) -> list[str]:
     """What was read from a data file: by its content, or by the path that it lay at if it is not there.
 
     Raises:
-        AlignmentError: The file holds something else now, or was never read.
+        AlignmentError: The file holds something else now, was never read, or was read by queries only, whose rows are
+            numbered by their result.
     """
-    read = rows(connection, "SELECT artifact_id, sha256, path FROM input_files WHERE name = 'source' ORDER BY ALL")
+    read = rows(
+        connection,
+        "SELECT artifact_id, sha256, path, (config ->> 'sql') IS NOT NULL AS is_query FROM input_files "
+        "JOIN artifacts USING (artifact_id) WHERE name = 'source' ORDER BY ALL",
+    )
     path = Path(file)
     if path.is_file():
         sha256 = file_sha256(path)
@@ -363,7 +368,13 @@ def _artifacts_of_file(connection: Connection, file: str) -> list[str]:
     if not same:
         files = ", ".join(sorted({entry["path"] for entry in read})) or "none"
         raise AlignmentError(f"No recipe has read its data from {file}; expected one of: {files}.")
-    return same
+    queried = {entry["artifact_id"] for entry in read if entry["is_query"]}
+    if queried.issuperset(same):
+        raise AlignmentError(
+            f"{file} was read through data.sql, whose rows are those of a query and not lines of the file. Ask by a "
+            "row's id: lineage has them in dataset_rows, with their texts."
+        )
+    return [artifact for artifact in same if artifact not in queried]
 
 
 def _learners(connection: Connection, row_ids: Sequence[str]) -> list[Answer]:

@@ -43,10 +43,10 @@ _QUARANTINE = """
 """
 _ROWS = """
     INSERT INTO dataset_rows
-    SELECT $artifact, id, prompt_id, split, $source, source_line, instruction, input, output
+    SELECT $artifact, id, prompt_id, split, $source, source_line, instruction, input, output, rejected
     FROM read_json($path, format = 'newline_delimited', hive_partitioning = false, columns = {
         id: 'VARCHAR', prompt_id: 'VARCHAR', split: 'VARCHAR', source_line: 'BIGINT', instruction: 'VARCHAR',
-        input: 'VARCHAR', output: 'VARCHAR'})
+        input: 'VARCHAR', output: 'VARCHAR', rejected: 'VARCHAR'})
 """
 _DROPPED = """
     INSERT INTO dropped_rows
@@ -257,7 +257,7 @@ def _source(folder: Path) -> str | None:
         return None
     source: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     commit = f" at {source['commit']}" if "commit" in source else ""
-    return source.get("path") or source["source"] + commit
+    return ("a query over " if "sql" in source else "") + (source.get("path") or source["source"] + commit)
 
 
 def _add_run(connection: duckdb.DuckDBPyConnection, run_id: str, record: Mapping[str, Any]) -> None:

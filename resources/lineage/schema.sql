@@ -250,10 +250,14 @@ CREATE TABLE feedback (
     PRIMARY KEY (recipe, line)
 );
 
--- migration 2: how an evaluation's responses were decoded
+-- migration 2: how an evaluation's responses were decoded, and the other response of preference data
 -- rebuild
 
 ALTER TABLE evaluation_examples ADD COLUMN decoding VARCHAR; -- "temperature 0.7, top-p 0.9, up to 64 tokens"
+
+-- NULL for rows of other data. An output is the chosen response where it is not. Where `source` begins with "a query
+-- over", `source_line` is the row of the query's result.
+ALTER TABLE dataset_rows ADD COLUMN rejected VARCHAR;
 
 -- views
 

@@ -174,6 +174,8 @@ TYPES = {
     ("sft", "method"): ("full", 3),
     ("sft", "lora_targets"): (["q_proj", "v_proj"], object()),
     ("data", "path"): (None, 3),
+    ("data", "columns"): ({"instruction": "prompt", "input": None}, {"instruction": 3}),
+    ("data", "form"): ("preferences", None),
     ("evaluation", "judge"): ("reference_chrf", None),
     ("evaluation", "top_p"): (0.5, "x"),
     ("decoding", "temperatures"): ([0.0, 0.3], 0.3),

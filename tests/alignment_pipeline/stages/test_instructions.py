@@ -1,3 +1,4 @@
+import csv
 import gzip
 import hashlib
 import json
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from alignment_pipeline import rows as rows_module
@@ -218,7 +221,12 @@ def test_hub_rows_are_sifted_like_any_other_and_their_commit_is_noted(
     result, output = ingest(tmp_path, hub_name="owner/name", hub_revision="v1")
     assert (result.metrics["data/kept"], result.metrics["data/quarantined"]) == (200, 1)
     assert json.loads((output / "summary.json").read_text())["source"] == "hub owner/name"
-    assert json.loads((output / "extras" / "source.json").read_text())["commit"] == "c0ffee"
+    source = json.loads((output / "extras" / "source.json").read_text())
+    assert (source["commit"], source["rows"]) == ("c0ffee", 201)
+    _, queried = ingest(tmp_path / "sql", hub_name="owner/name", hub_revision="v1", sql="FROM source LIMIT 150")
+    other = json.loads((queried / "extras" / "source.json").read_text())
+    assert other == source | {"sql": "FROM source LIMIT 150"} and len(source["content_sha256"]) == 64
+    assert json.loads((queried / "summary.json").read_text())["rows_in"] == 150
 
 
 def test_no_usable_row_is_an_error_that_counts_the_reasons(tmp_path: Path) -> None:
@@ -272,6 +280,120 @@ def test_every_row_of_the_real_codealpaca_is_kept_or_quarantined(tmp_path: Path)
     for row in rows:
         original = source[row["source_line"] - 1]
         assert all(row[name] == original[name] for name in ("instruction", "input", "output"))
+    assert all(check.passed for check in result.checks)
+
+
+def paired(number: int, **changed: Any) -> dict[str, Any]:
+    return {"prompt": f"Why {number}?", "chosen": f"So {number}.", "rejected": "Thus.", **changed}
+
+
+def test_preferences_are_rows_with_the_rejected_response_which_counts_for_identity(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    records = [
+        *map(paired, range(200)), paired(3, rejected="No."), paired(3, extra=1), paired(4, chosen="Thus."),
+        {"prompt": turns, "chosen": "d", "rejected": "e"},
+    ]  # fmt: skip
+    _, output = ingest(tmp_path, path=write_lines(tmp_path / "rows.jsonl", list(map(encoded, records))),
+                       form="preferences")  # fmt: skip
+    rows = read_jsonl(output / "rows.jsonl")
+    assert [row["source_line"] for row in rows] == [*range(1, 202), 204]
+    for row, record in zip(rows[:201], records, strict=False):
+        assert set(row) == {
+            "id", "prompt_id", "instruction", "input", "output", "rejected", "split", "source_line",
+        }  # fmt: skip
+        texts = [record["prompt"], "", record["chosen"], record["rejected"]]
+        assert [row["instruction"], row["input"], row["output"], row["rejected"]] == texts
+        assert row["id"] == sha256(texts)[:16]
+        assert row["prompt_id"] == prompt_id(record["prompt"], "")
+    assert rows[3]["id"] != rows[200]["id"] and rows[3]["split"] == rows[200]["split"]
+    assert rows[-1]["instruction"] == "Human: a\n\nAssistant: b\n\nHuman: c" and rows[-1]["messages"] == turns
+    lines = (output / "rows.jsonl").read_text().splitlines()
+    assert lines == [canonical(row) for row in rows]
+    assert [(row["reason"], row["source_line"], row["detail"]) for row in read_jsonl(output / "quarantine.jsonl")] == [
+        ("duplicate", 202, "same prompt, chosen and rejected as row 4"), ("identical_pair", 203, "'Thus.'"),
+    ]  # fmt: skip
+
+
+def test_rows_of_a_query_are_numbered_by_its_result_and_what_never_came_into_it_by_the_source(tmp_path: Path) -> None:
+    lines = [encoded(record) for record in GOOD]
+    lines[1] = b"oops"
+    path = write_lines(tmp_path / "rows.jsonl", [*lines, b'{"instruction": "in the table", "input": ""}'])
+    result, output = ingest(tmp_path, path=path, sql="SELECT * FROM source WHERE input = ''")
+    rows = read_jsonl(output / "rows.jsonl")
+    expected = [record for record in GOOD if record["input"] == ""]
+    assert [{name: row[name] for name in ("instruction", "input", "output")} for row in rows] == expected
+    assert [row["source_line"] for row in rows] == list(range(1, len(expected) + 1))
+    assert [(row["reason"], row["source_line"]) for row in read_jsonl(output / "quarantine.jsonl")] == [
+        ("invalid_json", 2), ("wrong_type", len(expected) + 1),
+    ]  # fmt: skip
+    assert all(check.passed for check in result.checks)
+
+
+def test_the_same_rows_as_csv_as_parquet_and_under_other_names_are_the_same_rows(tmp_path: Path) -> None:
+    theirs = [{"prompt": r["instruction"], "context": r["input"], "answer": r["output"], "input": 3} for r in GOOD]
+    columns = {"instruction": "prompt", "input": "context", "output": "answer"}
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(GOOD[0]))
+        writer.writeheader()
+        writer.writerows(GOOD)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(theirs), tmp_path / "rows.parquet")
+    write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in GOOD])
+    query = "SELECT prompt AS instruction, context AS input, answer AS output FROM source"
+    settings: dict[str, dict[str, Any]] = {
+        "rows.jsonl": {}, "rows.csv": {}, "rows.parquet": {"columns": columns}, "./rows.parquet": {"sql": query},
+    }  # fmt: skip
+    outputs = [
+        ingest(tmp_path / str(n), path=str(tmp_path) + f"/{name}", **more)[1]
+        for n, (name, more) in enumerate(settings.items())
+    ]
+    first, *others = ((output / "rows.jsonl").read_bytes() for output in outputs)
+    from_csv, *from_parquet = others
+    assert from_parquet == [first, first]
+    csv_lines = [json.loads(line)["source_line"] for line in from_csv.splitlines()]
+    assert csv_lines == sorted(set(csv_lines)) and csv_lines[-1] > 400  # a record takes more than one line
+    for line, other in zip(first.splitlines(), from_csv.splitlines(), strict=True):
+        assert json.loads(other) | {"source_line": 0} == json.loads(line) | {"source_line": 0}
+
+
+def test_a_mapped_column_that_no_row_has_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [encoded(record) for record in [*GOOD, {"instruction": "a", "x": 1}]])
+    for columns in ({"output": "answer"}, {"input": "answer"}):
+        with pytest.raises(DataError, match=r"no column answer in any row.*: 'input', 'instruction', 'output', 'x'\.$"):
+            ingest(tmp_path / str(columns), path=path, columns=columns)
+
+
+def test_a_csv_file_without_a_line_of_names_is_an_error_that_shows_what_was_taken_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("Say one.,one\nSay two.,two\n")
+    with pytest.raises(DataError, match=r"none of them usable .*'missing_key': 1.*the columns are 'Say one\.', 'one'"):
+        ingest(tmp_path, path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("file", "rows_in", "by_reason"),
+    [
+        ("code_preference/python_code_dpo.jsonl", 1800, {"control_characters": 1, "identical_pair": 7}),
+        (
+            "hh_rlhf/helpful-base-test.jsonl.gz", 2354,
+            {"bad_roles": 6, "empty_prompt": 1, "empty_rejected": 3, "identical_pair": 2, "prompts_differ": 9},
+        ),
+        (
+            "ultrafeedback_binarized/train.jsonl", 1000,
+            {"control_characters": 1, "empty_chosen": 1, "empty_rejected": 1, "identical_pair": 4},
+        ),
+        ("ultrafeedback_binarized/eval.jsonl", 200, {"identical_pair": 1}),
+    ],
+)  # fmt: skip
+def test_every_row_of_real_preferences_is_kept_or_quarantined(
+    tmp_path: Path, file: str, rows_in: int, by_reason: dict[str, int]
+) -> None:
+    folder = os.environ.get("ALIGNMENT_DATA_DIR")
+    if not folder:
+        pytest.skip("ALIGNMENT_DATA_DIR is not set: the real preferences are not committed to this repository")
+    result, output = ingest(tmp_path, path=str(Path(folder) / file), form="preferences", max_chars=100_000)
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["rows_in"], summary["by_reason"]) == (rows_in, by_reason)
+    assert summary["kept"] == rows_in - sum(by_reason.values()) == len(read_jsonl(output / "rows.jsonl"))
     assert all(check.passed for check in result.checks)
 
 

@@ -85,13 +85,14 @@ def step(phase: str, number: int, **metrics: float) -> dict[str, Any]:
 
 def add_pipeline(home: Path) -> dict[str, str]:
     """A store with one of everything that is indexed."""
+    preference = {"prompt_id": "p2", "rejected": "y", "messages": []}
     row = {"prompt_id": "p1", "instruction": UNICODE, "input": "", "output": "x", "source_line": 1}
     pair = {"prompt_id": "p1", "prompt": "p", "chosen": "c", "rejected": UNICODE, "labeller": "rule"}
     scores = {"judge_score": 0.5, "learned_score": None, "kl_nats": 1.5, "tokens": 4, "ended": True}
     ids = {}
     ids["instructions"] = add_artifact(
         home, "instructions", "rows", {"source": {"sha256": "5ha", "path": "/data/rows.jsonl"}},
-        {"rows.jsonl": [{"id": "r1", "split": "train"} | row, {"id": "r2", "split": "test"} | row | {"prompt_id": "p2"},
+        {"rows.jsonl": [{"id": "r1", "split": "train"} | row, {"id": "r2", "split": "test"} | row | preference,
                         {"id": "r3", "split": "train"} | row | {"prompt_id": "p3"}],
          "quarantine.jsonl": [{"reason": "empty", "source_line": 3, "detail": UNICODE}]},
         checks=[{"name": "no_leakage", "passed": True, "detail": "0 shared", "blocking": True}],
@@ -211,6 +212,9 @@ def test_each_part_of_an_artifact_is_found_in_its_table(home: Path, pipeline: di
         {"row_id": "r1", "split": "train", "instruction": UNICODE},
         {"row_id": "r2", "split": "test", "instruction": UNICODE},
         {"row_id": "r3", "split": "train", "instruction": UNICODE},
+    ]
+    assert lineage.query("SELECT row_id, rejected FROM dataset_rows WHERE rejected IS NOT NULL") == [
+        {"row_id": "r2", "rejected": "y"}
     ]
     assert lineage.query("SELECT reason, source_line, detail FROM quarantined_rows") == [
         {"reason": "empty", "source_line": 3, "detail": UNICODE}

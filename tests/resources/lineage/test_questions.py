@@ -1,5 +1,6 @@
 """Questions to the index of a real home: `smoke` as it is, with another beta for DPO, and with data from a file."""
 
+import csv
 import json
 import random
 import shutil
@@ -258,6 +259,40 @@ def test_plain_duckdb_answers_the_same(home: Path, lineage: Lineage) -> None:
             "SELECT avg(win) FROM paired_examples WHERE artifact_id = ? AND policy = 'ppo_policy'", [answer["artifact"]]
         ).fetchall()
     assert number == [(answer["value"],)] and wins[0][0] == pytest.approx(answer["value"])
+
+
+def test_a_csv_record_is_found_by_its_first_line_and_what_a_query_gave_by_its_id_only(
+    copy_of_home: Path, tmp_path: Path, align: Run
+) -> None:
+    rows = read_jsonl(folder(copy_of_home, "instructions") / "rows.jsonl")[:120]
+    data = tmp_path / "mine.csv"
+    with data.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "completion"])
+        writer.writerows([row["instruction"] + "\n" + row["input"], row["output"]] for row in rows)
+    columns = "data.columns={instruction: prompt, output: completion}"
+
+    def ingest(*more: str) -> None:
+        changed = (f"data.path={data}", "data.world_rows=null", "evaluation.judge=reference_chrf", columns, *more)
+        settings = [argument for setting in changed for argument in ("--set", setting)]
+        done = align(copy_of_home, "run", "smoke", *settings, "--select", "instructions")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    ingest("data.sql=SELECT * FROM source WHERE completion <> ''")
+    lineage = Lineage(copy_of_home)
+    (made,) = lineage.query("SELECT * FROM dataset_rows WHERE source <> 'world' AND source_line = 3")
+    assert made["source"] == f"a query over {data}" and made["output"] == rows[2]["output"]
+    with pytest.raises(AlignmentError, match=r"mine\.csv was read through data\.sql.*Ask by a row's id"):
+        impact(lineage, f"{data}:3")
+    assert [row["text"] for row in impact(lineage, made["row_id"])["found"]] == [rows[2]["output"]]
+    ingest()
+    (row,) = lineage.query(
+        "SELECT source_line FROM dataset_rows WHERE source = ? AND instruction = ?",
+        [str(data), rows[40]["instruction"] + "\n" + rows[40]["input"]],
+    )
+    (found,) = impact(lineage, f"{data}:{row['source_line']}")["found"]
+    assert found["source"] == str(data) and found["text"] == rows[40]["output"]
+    assert rows[40]["instruction"] in data.read_text(encoding="utf-8").splitlines()[row["source_line"] - 1]
 
 
 def test_a_line_of_a_file_is_found_wherever_the_file_lies_now(copy_of_home: Path, tmp_path: Path, align: Run) -> None:
