@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from alignment_pipeline.errors import ModelError
 from alignment_pipeline.limits import max_positions
 from alignment_pipeline.models import MODEL_FOLDER, load_classifier
-from alignment_pipeline.sequences import TokenIds, by_length
+from alignment_pipeline.sequences import by_length
+from alignment_pipeline.tokenization import TokenIds
 
 SUMMARY = "summary.json"
 

@@ -6,14 +6,25 @@ cannot change a result.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
 
+_COLUMNS = {
+    "instructions": ("instruction", "input", "output"),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "conversations": ("messages", "prompt", "completion"),
+}
+"""Form of the records → the columns that a record of it can have."""
+
+_NEEDED_COLUMNS = frozenset({"instruction", "output", "chosen", "rejected"})
+
 JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
+TemplateName = Literal["instruction", "human_assistant", "chat"]
+PolicyName = Literal["base_model", "sft_model", "ppo_policy", "dpo_policy"]
 
 
 class StageConfig(BaseModel):
@@ -24,8 +35,9 @@ class StageConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_for_a_number(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # Python counts True as 1, and YAML reads yes as True
-            raise ValueError(f"found {value} (a boolean), expected a number, text or a list")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool):  # Python counts True as 1, and YAML reads yes as True
+                raise ValueError(f"found {item} (a boolean), expected a number, text or a list")
         return value
 
     def keyed_values(self) -> dict[str, Any]:
@@ -42,20 +54,43 @@ class StageConfig(BaseModel):
 
 
 class DataConfig(StageConfig):
-    """Where rows (instruction, input and output, or plain texts) come from and how they are split by prompt."""
+    """Where rows come from, what form they have (`record_forms`), and how they are split by prompt."""
 
     world_rows: int | None = Field(
         None, ge=20, description="Rows to generate from the built-in world of small Python tasks; no file is read."
     )
     path: str | None = Field(
         None,
-        description="JSON or JSONL file (.gz too) with instruction, input and output; wins over hub_name. "
-        "Relative to the recipe's folder, or to the current folder when set on the command line.",
+        description="JSON, JSONL, CSV or Parquet file (.gz too) of records in the form that data.form says; wins over "
+        "hub_name. Relative to the recipe's folder, or to the current folder when set on the command line.",
         json_schema_extra=UNKEYED,
     )
     hub_name: str | None = Field(None, description="Dataset on the Hugging Face hub, for example owner/name.")
     hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
     hub_split: str = Field("train", description="Split of the hub dataset that is read.")
+    hub_config: str | None = Field(
+        None, min_length=1, description="Configuration of the hub dataset, where it has several; null: its default."
+    )
+    hub_data_dir: str | None = Field(
+        None, min_length=1, description="Folder of the hub dataset, such as helpful-base of Anthropic/hh-rlhf."
+    )
+    form: Literal["instructions", "preferences", "conversations"] = Field(
+        "instructions",
+        description="What a record holds. instructions: instruction, output and at times input. preferences: prompt, "
+        "chosen and rejected, as texts, dialogues or messages. conversations: messages, or prompt and completion.",
+    )
+    columns: dict[str, str | None] | None = Field(
+        None,
+        min_length=1,
+        description="Our name of a column → its name in the data, such as {instruction: prompt, output: completion, "
+        "input: null}; null leaves it out. Columns that are not named have our names.",
+    )
+    sql: str | None = Field(
+        None,
+        min_length=1,
+        description="A DuckDB SELECT whose result is read in place of the data, its table source: "
+        "SELECT * FROM source WHERE input = ''. It sees no other file, and must not depend on the clock.",
+    )
     text_field: str | None = Field(
         None,
         min_length=1,
@@ -63,7 +98,7 @@ class DataConfig(StageConfig):
     )
     min_chars: int = Field(0, ge=0, description="Rows whose texts together are shorter go to quarantine.")
     max_chars: int = Field(
-        8000, ge=10, description="Rows whose instruction, input and output together are longer go to quarantine."
+        8000, ge=10, description="Rows whose prompt and responses together are longer go to quarantine."
     )
     validation_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts held out while training.")
     test_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of prompts used by evaluations only.")
@@ -74,10 +109,27 @@ class DataConfig(StageConfig):
         json_schema_extra=UNKEYED,
     )
 
+    @model_validator(mode="after")
+    def _form_can_be_read(self) -> Self:
+        if self.world_rows and (self.form != "instructions" or self.columns or self.sql):
+            raise ValueError(
+                "found form, columns or sql beside world_rows, whose rows are made; expected path or hub_name"
+            )
+        if self.text_field and (self.form != "instructions" or self.columns):
+            raise ValueError("found text_field beside form or columns, expected text_field alone for plain texts")
+        known = _COLUMNS[self.form]
+        for ours, theirs in (self.columns or {}).items():
+            if ours not in known:
+                expected = ", ".join(known)
+                raise ValueError(f"columns: found {ours!r}, expected one of {expected}, the columns of {self.form}")
+            if theirs is None and ours in _NEEDED_COLUMNS:
+                raise ValueError(f"columns.{ours}: found null, but {self.form} need it; expected the name of a column")
+        return self
+
     def keyed_values(self) -> dict[str, Any]:
         """As for every stage; a hub name that a file wins over is left out."""
-        unused = {"hub_name", "hub_revision", "hub_split"} if self.path else set()
-        return {name: value for name, value in super().keyed_values().items() if name not in unused}
+        values = super().keyed_values()
+        return {name: value for name, value in values.items() if not (self.path and name.startswith("hub_"))}
 
 
 class BaseModelConfig(StageConfig):
@@ -120,8 +172,17 @@ class BaseModelConfig(StageConfig):
 class FormattingConfig(StageConfig):
     """Prompts and length limits: instructions go into the template, of a plain text the beginning is the prompt."""
 
+    template: TemplateName = Field(
+        "instruction",
+        description="instruction: a header, the instruction, its input and '### Response:'. human_assistant: a "
+        "dialogue of Human and Assistant, as HH-RLHF's. chat: the chat template of the base model's tokenizer.",
+    )
     max_prompt_tokens: int = Field(256, ge=4, description="Rows with longer prompts are dropped and counted.")
-    max_tokens: int = Field(512, ge=8, description="Rows with a longer prompt + response are dropped and counted.")
+    max_tokens: int = Field(
+        512,
+        ge=8,
+        description="Rows with a longer prompt + response (the longer one, of a preference) are dropped and counted.",
+    )
     prefix_tokens_min: int = Field(2, ge=1, description="Plain texts only: shortest prompt, tokens of the text.")
     prefix_tokens_max: int = Field(
         8, ge=1, description="Plain texts only: longest prompt, tokens; lengths are uniform, both bounds included."
@@ -173,11 +234,17 @@ class SamplingConfig(StageConfig):
 class LabellingConfig(StageConfig):
     """Which of two responses to a prompt is preferred, and who says so."""
 
-    method: Literal["gold_rule", "reference_chrf", "dataset_answer"] = Field(
+    method: Literal["gold_rule", "reference_chrf", "dataset_answer", "dataset_pair"] = Field(
         description="gold_rule: the built-in world's rule on two samples. reference_chrf: the sample closer to the "
-        "dataset's answer (chrF). dataset_answer: the dataset's answer over the sample."
+        "dataset's answer (chrF). dataset_answer: the dataset's answer over the sample. dataset_pair: the rows' own "
+        "chosen and rejected responses, without samples."
     )
     pairs_per_prompt: int = Field(2, ge=1, description="Most pairs made from one prompt's samples.")
+
+    def keyed_values(self) -> dict[str, Any]:
+        """As for every stage; the rows' own pairs are all taken."""
+        values = super().keyed_values()
+        return {"method": self.method} if self.method == "dataset_pair" else values
 
 
 class PairsConfig(StageConfig):
@@ -386,7 +453,51 @@ class PpoConfig(AdapterFields):
         return {"reward_function": Path(self.reward_function.rpartition(":")[0])} if self.reward_function else {}
 
 
-class EvaluationConfig(StageConfig):
+class DecodingFields(StageConfig):
+    """How a response is decoded: sampled, greedily, or by beams."""
+
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the scored responses; 0 is greedy.")
+    top_k: int | None = Field(
+        None, ge=1, description="Sample from the k most probable tokens only; null from all of them."
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Sample from the most probable tokens that have this share together (arXiv 1904.09751, often 0.9), "
+        "after top_k; null from all.",
+    )
+    num_beams: int = Field(1, ge=1, description="Beams of a beam search, with temperature 0; 1 is none.")
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        description="Logits of tokens that stand in prompt or response are divided by this if positive, else "
+        "multiplied (arXiv 1909.05858, there 1.2); 1 is none.",
+    )
+    min_new_tokens: int = Field(0, ge=0, description="Shortest response, tokens: it cannot end before.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
+
+    @model_validator(mode="after")
+    def _combination_can_work(self) -> Self:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"num_beams: found {self.num_beams} with temperature {self.temperature:g}, expected temperature 0: "
+                "beams do not sample"
+            )
+        for name in ("top_k", "top_p"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                raise ValueError(
+                    f"{name}: found {getattr(self, name):g} with temperature 0, which is greedy and does not sample; "
+                    f"expected a temperature above 0, or {name} null"
+                )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: found {self.min_new_tokens}, expected at most max_new_tokens ({self.max_new_tokens})"
+            )
+        return self
+
+
+class EvaluationConfig(DecodingFields):
     """How every policy is measured, on test prompts that no stage trained on."""
 
     judge: JudgeName = Field(
@@ -395,7 +506,47 @@ class EvaluationConfig(StageConfig):
         "response. Every table names it."
     )
     prompts: int = Field(200, ge=2, description="Test prompts; fewer if the split is smaller.")
-    max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature of the scored responses; 0 is greedy.")
     batch_size: int = Field(128, ge=1, description="Responses generated and scored together.")
     kl_budget_nats: float = Field(30.0, gt=0, description="A policy further from the SFT model (nats) gets a warning.")
+
+
+class DecodingSweepConfig(StageConfig):
+    """One policy's responses under several decoding settings, one knob changed at a time.
+
+    Temperatures stand alone. Top-k and top-p sample at temperature 1; beams, repetition penalties and shortest lengths
+    go with greedy decoding.
+    """
+
+    policy: PolicyName | None = Field(
+        None,
+        description="Policy that answers; null is the model that policies are trained from.",
+        json_schema_extra=UNKEYED,
+    )
+    judge: JudgeName = Field(description="Who scores responses, from 0 to 1; the evaluation's if left out of a recipe.")
+    prompts: int = Field(100, ge=2, description="Test prompts; fewer if the split is smaller.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, tokens.")
+    batch_size: int = Field(128, ge=1, description="Responses generated and scored together.")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0, 0.5, 1.0], description="Sampling temperatures; 0 is greedy."
+    )
+    top_ks: list[Annotated[int, Field(ge=1)]] = Field([20], description="Values of top_k, at temperature 1.")
+    top_ps: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.9], description="Values of top_p, at temperature 1.")
+    num_beams: list[Annotated[int, Field(ge=2)]] = Field([5], description="Numbers of beams.")
+    repetition_penalties: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.2], description="Repetition penalties of greedy decoding."
+    )
+    min_new_tokens: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="Shortest responses of greedy decoding, tokens."
+    )
+
+    @model_validator(mode="after")
+    def _settings_can_work(self) -> Self:
+        longest = max(self.min_new_tokens, default=0)
+        if longest > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: found {longest}, expected at most max_new_tokens ({self.max_new_tokens})"
+            )
+        knobs = (self.temperatures, self.top_ks, self.top_ps, self.num_beams, self.repetition_penalties)
+        if not any((*knobs, self.min_new_tokens)):
+            raise ValueError("found no value of any knob, expected at least one, for example temperatures: [0, 1]")
+        return self

@@ -1,16 +1,21 @@
-"""A model that somebody else made, from a folder or the hub: read as safetensors, with a padding token of its own.
+"""A model that somebody else made, from a folder or the hub: read safely, with a padding token of its own.
 
-Belongs here: what `stages.base_model` and `stages.reward_classifier` ask of such a model alike. The artifacts that they
-publish are read by `models`.
+Belongs here: what the stages that adopt such a model ask of it alike. The artifacts that they publish are read by
+`models`.
+
+Weights are read as safetensors. A model that has none (the main revisions of older hub models hold `pytorch_model.bin`
+alone) is read by torch's restricted unpickler, which builds tensors and nothing else, and published as safetensors.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignment_pipeline.atomic import write_json
 from alignment_pipeline.errors import ModelError
 from alignment_pipeline.models import head_names
 
@@ -50,9 +55,7 @@ def read_given_model(
     shape = {"num_labels": 1} if new_head else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, found = auto_class.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options, **shape
-        )
+        model, found = _read_weights(source, auto_class, {**options, **shape})
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
@@ -63,6 +66,39 @@ def read_given_model(
             "expected all of them; it was made for another purpose."
         )
     return model, tokenizer
+
+
+def _read_weights(source: Path | str, auto_class: Any, options: dict[str, Any]) -> Any:
+    """The model and what transformers says of its loading: from safetensors, or where there are none from a `.bin`."""
+    reading = {"dtype": torch.float32, "output_loading_info": True, **options}
+    try:
+        return auto_class.from_pretrained(source, use_safetensors=True, **reading)
+    except OSError as error:
+        try:
+            return auto_class.from_pretrained(source, use_safetensors=False, weights_only=True, **reading)
+        except OSError:  # nor is there a .bin: the first message is about safetensors
+            raise error from None
+        except Exception as refusal:  # the restricted unpickler's errors are of several classes
+            raise ValueError(
+                "there are no safetensors, and pytorch_model.bin was refused, since it is damaged or holds more than "
+                "tensors, which could run code"
+            ) from refusal
+
+
+def record_source(output_dir: Path, source: Path | str, revision: str | None) -> None:
+    """Write `extras/source.json`: where a given model came from and, of the hub, the commit that was read."""
+    where = (
+        {"source": "folder", "path": str(source)}
+        if isinstance(source, Path)
+        else {"source": f"hub {source}", "revision": revision, "commit": _commit(source, revision)}
+    )
+    write_json(output_dir / "extras" / "source.json", where)
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that a model on the hub was just read at; None where nothing of it is in the cache."""
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def give_padding_of_its_own(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:

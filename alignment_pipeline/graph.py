@@ -60,6 +60,8 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
     rewards = {"reward_model": "reward_model", "reward_classifier": "reward_classifier"}
     of_ppo = {} if recipe.ppo and recipe.ppo.reward_function else rewards
     add("ppo_policy", "ppo", dataset="formatted_dataset", trunk=trunk, **of_ppo)
+    if recipe.evaluation is None:
+        return nodes
     policies = [asset for asset in ("base_model", "sft_model", "ppo_policy", "dpo_policy") if asset in nodes]
     for policy in policies:
         add(
@@ -68,6 +70,8 @@ def build_graph(recipe: Recipe) -> dict[str, StageNode]:
         )  # fmt: skip
     evaluations: dict[str, Any] = {policy: evaluation_asset(policy) for policy in policies}
     add("comparison", "evaluation", **evaluations)
+    swept = (recipe.decoding and recipe.decoding.policy) or trunk
+    add("decoding_sweep", "decoding", dataset="formatted_dataset", policy=swept, trunk=trunk, **rewards)
     return nodes
 
 

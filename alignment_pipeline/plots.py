@@ -81,6 +81,30 @@ def reliability(path: Path, points: Sequence[tuple[float, float, int]], title: s
     _save(figure, axes, path, legend=False)
 
 
+def bar_panels(
+    path: Path, labels: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]], title: str
+) -> None:
+    """Draw named rows of horizontal bars, a panel a measure, each bar from its value and its interval's half width."""
+    figure = _canvas((2.2 + 2.0 * len(panels), 1.1 + 0.28 * len(labels)))
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    places = range(len(labels))
+    for column, ((name, values), colour) in enumerate(zip(panels.items(), _colours(len(panels)), strict=True), 1):
+        axes = figure.add_subplot(1, len(panels), column)
+        _dress(axes, "", "", "")
+        axes.set_title(name, fontsize=9, loc="left")
+        half_widths = [width for _, width in values]
+        axes.barh(
+            places, [value for value, _ in values], xerr=half_widths if any(half_widths) else None,
+            color=colour, height=0.65, capsize=2,
+        )  # fmt: skip
+        axes.set_yticks(places, labels if column == 1 else [""] * len(labels), fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def distributions(
     path: Path,
     labels: Sequence[str],

@@ -40,7 +40,17 @@ class Recipe(BaseModel):
     reference_logprobs: configs.ReferenceLogprobsConfig = Field(default_factory=configs.ReferenceLogprobsConfig)
     dpo: configs.DpoConfig | None = None
     ppo: configs.PpoConfig | None = None
-    evaluation: configs.EvaluationConfig
+    evaluation: configs.EvaluationConfig | None = None
+    decoding: configs.DecodingSweepConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sweep_has_the_evaluations_judge(cls, raw: Any) -> Any:
+        """Fill in the judge of a decoding sweep that names none."""
+        decoding, evaluation = (raw.get(name) for name in ("decoding", "evaluation"))
+        if isinstance(decoding, dict) and isinstance(evaluation, dict) and "judge" in evaluation:
+            return {**raw, "decoding": {"judge": evaluation["judge"], **decoding}}
+        return raw
 
     @model_validator(mode="after")
     def _combination_can_work(self) -> Self:
@@ -49,10 +59,12 @@ class Recipe(BaseModel):
         for message in (
             *self._source_problems(),
             *self._text_problems(),
+            *self._template_problems(),
             *self._missing_stages(),
             *self._reward_problems(),
             *self._value_problems(),
             *self._number_problems(),
+            *self._decoding_problems(),
         ):
             raise ValueError(message)
         return self
@@ -67,11 +79,25 @@ class Recipe(BaseModel):
             yield "base_model: found both path and hub_name, expected one; set the other to null"
         if self.reward_model and self.reward_model.path and self.reward_model.hub_name:
             yield "reward_model: found both path and hub_name, expected one; set the other to null"
-        uses_gold = self.evaluation.judge == "gold_rule" or (self.labelling and self.labelling.method == "gold_rule")
-        if uses_gold and not data.world_rows:
+        judge, method = self.evaluation and self.evaluation.judge, self.labelling and self.labelling.method
+        if "gold_rule" in (judge, method) and not data.world_rows:
             yield (
                 "gold_rule judges the built-in world's tasks only, but data reads other rows; "
                 "expected data.world_rows, or reference_chrf as evaluation.judge and another labelling.method"
+            )
+
+    def _template_problems(self) -> Iterable[str]:
+        template, base = self.formatting.template, self.base_model
+        if template == "instruction":
+            return
+        if self.data.text_field:
+            yield f"formatting.template: found {template}, but plain texts have none; leave it out"
+        if self.feedback:
+            yield f"feedback: votes go into the instruction template only, expected null beside template {template}"
+        if template == "chat" and not (base.path or base.hub_name):
+            yield (
+                "formatting.template: found chat, but a built base model has no chat template; expected a given model "
+                "(base_model.path or hub_name), or human_assistant"
             )
 
     def _text_problems(self) -> Iterable[str]:
@@ -99,7 +125,7 @@ class Recipe(BaseModel):
     def _reward_problems(self) -> Iterable[str]:
         classifier = self.reward_classifier
         if classifier is None:
-            if self.evaluation.judge == "reward_classifier":
+            if self.evaluation and self.evaluation.judge == "reward_classifier":
                 yield "evaluation.judge: found reward_classifier, expected a reward_classifier section beside it"
             return
         if self.reward_model:
@@ -123,8 +149,14 @@ class Recipe(BaseModel):
             )
 
     def _missing_stages(self) -> Iterable[str]:
+        own_pairs = self.labelling and self.labelling.method == "dataset_pair"
+        if own_pairs and self.sampling:
+            yield "sampling: found beside labelling.method dataset_pair, which uses no samples; expected null"
+        policies = [name for name in ("sft", "ppo", "dpo") if getattr(self, name)]
+        if policies and not self.evaluation:
+            yield f"evaluation: missing, expected one beside {' and '.join(policies)}, whose policy is to be measured"
         needs = (
-            (self.labelling, "labelling", self.sampling, "a sampling section to label"),
+            (self.labelling, "labelling", self.sampling or own_pairs, "a sampling section to label"),
             (self.sampling, "sampling", self.labelling, "a labelling section that uses the samples"),
             (self.feedback, "feedback", self.pairs, "a pairs section that takes the votes in"),
             (self.pairs, "pairs", self.labelling or self.feedback, "a labelling or feedback section as source"),
@@ -138,7 +170,7 @@ class Recipe(BaseModel):
             ),
         )
         for section, name, needed, expected in needs:
-            if section is not None and needed is None:
+            if section is not None and not needed:
                 yield f"{name}: found without what it needs, expected {expected}"
 
     def _reward_of_ppo(self) -> object:
@@ -165,10 +197,14 @@ class Recipe(BaseModel):
         if not (base.path or base.hub_name):
             if base.hidden_size % base.num_heads:
                 yield f"base_model.hidden_size: found {base.hidden_size}, expected a multiple of {base.num_heads} heads"
-            longest_response = max(
-                section.max_new_tokens for section in (self.sampling, ppo, self.evaluation) if section is not None
+            responses = [
+                section.max_new_tokens
+                for section in (self.sampling, ppo, self.evaluation, self.decoding)
+                if section is not None
+            ]
+            longest = max(
+                self.formatting.max_tokens, *(self.formatting.max_prompt_tokens + tokens for tokens in responses)
             )
-            longest = max(self.formatting.max_tokens, self.formatting.max_prompt_tokens + longest_response)
             if longest > base.max_positions:
                 yield (
                     f"base_model.max_positions: found {base.max_positions}, expected at least {longest}, "
@@ -176,6 +212,24 @@ class Recipe(BaseModel):
                 )
         if ppo:
             yield from _ppo_problems(ppo)
+
+    def _decoding_problems(self) -> Iterable[str]:
+        decoding = self.decoding
+        if decoding is None:
+            return
+        sections = {
+            "base_model": self.base_model,
+            "sft_model": self.sft,
+            "ppo_policy": self.ppo,
+            "dpo_policy": self.dpo,
+        }
+        policies = [name for name, section in sections.items() if section is not None]
+        if decoding.policy is not None and decoding.policy not in policies:
+            yield f"decoding.policy: found {decoding.policy}, expected one of the recipe's: {', '.join(policies)}"
+        if decoding.judge == "gold_rule" and not self.data.world_rows:
+            yield "decoding.judge: found gold_rule, which judges the built-in world only; expected another judge"
+        if decoding.judge == "reward_classifier" and not self.reward_classifier:
+            yield "decoding.judge: found reward_classifier, expected a reward_classifier section beside it"
 
 
 def _ppo_problems(ppo: configs.PpoConfig) -> Iterable[str]:

@@ -21,8 +21,9 @@ from alignment_pipeline.classifier import padded, token_ids
 from alignment_pipeline.errors import ModelError
 from alignment_pipeline.limits import max_positions
 from alignment_pipeline.models import MODEL_FOLDER, load_scorer, load_tokenizer
-from alignment_pipeline.sequences import TokenIds, by_length, encode, encode_responses
+from alignment_pipeline.sequences import by_length
 from alignment_pipeline.statistics import wilson_interval, win_rate
+from alignment_pipeline.tokenization import TokenIds, encode_prompts, encode_responses
 
 SUMMARY = "summary.json"
 OWN_TOKENIZER = "own_tokenizer"
@@ -69,7 +70,7 @@ class RewardEncoder:
         answers = encode_responses(self.tokenizer, responses)
         return [
             [*prompt, *(answer if end else answer[:-1])]
-            for prompt, answer, end in zip(encode(self.tokenizer, prompts), answers, ended, strict=True)
+            for prompt, answer, end in zip(encode_prompts(self.tokenizer, prompts), answers, ended, strict=True)
         ]
 
     def fits(self, row: TokenIds) -> bool:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-TokenIds = list[int]
+from alignment_pipeline.tokenization import TokenIds
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,6 @@ def pack(prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int
         attention_mask[row, :end] = True
         response_mask[row, len(prompt) : end] = True
     return TokenBatch(input_ids.to(device), attention_mask.to(device), response_mask.to(device))
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
-    """Token ids of texts without special tokens. Prompt and response are encoded apart, then concatenated."""
-    if not texts:
-        return []
-    ids: list[TokenIds] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
-    """Token ids of complete responses, each with the end token."""
-    return [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
-
-
-def encode_side(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Any], side: str) -> list[TokenIds]:
-    """Token ids of the `chosen` or `rejected` side of preference pairs; the end token follows what had ended."""
-    encoded = encode_responses(tokenizer, [pair[side] for pair in pairs])
-    return [ids if pair[f"{side}_ended"] else ids[:-1] for ids, pair in zip(encoded, pairs, strict=True)]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

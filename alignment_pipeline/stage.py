@@ -31,6 +31,7 @@ STAGE_FUNCTIONS: Mapping[str, str] = {
     "ppo_policy": "train_ppo",
     "evaluation": "evaluate_policy",
     "comparison": "compare_policies",
+    "decoding_sweep": "sweep_decoding",
 }
 """Stage name → its function in `alignment_pipeline.stages.<stage name>`."""
 

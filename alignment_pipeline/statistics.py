@@ -32,6 +32,17 @@ def win_rate(scores: Sequence[float], opponent: Sequence[float]) -> float:
     return sum(1.0 if ours > theirs else 0.5 if ours == theirs else 0.0 for ours, theirs in pairs) / len(pairs)
 
 
+def paired_difference(scores: Sequence[float], before: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of `scores` less `before`, prompt by prompt, and its 95% interval: 1.96 standard errors to either side.
+
+    Raises:
+        ValueError: The two have different lengths.
+    """
+    differences = [now - then for now, then in zip(scores, before, strict=True)]
+    centre, half = mean(differences), _Z95 * standard_error(differences)
+    return centre, centre - half, centre + half
+
+
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean."""
     return sum(values) / len(values)

@@ -3,21 +3,33 @@
 import sys
 import warnings
 
+from pydantic import ValidationError
 from rich.console import Console
 
-from alignment_pipeline.errors import MissingArtifactError
+from alignment_pipeline.configs import DecodingFields
+from alignment_pipeline.errors import MissingArtifactError, RecipeError
 from alignment_pipeline.graph import build_graph, trunk_asset
 from alignment_pipeline.limits import max_positions
-from alignment_pipeline.prompts import format_prompt
-from alignment_pipeline.recipe import Recipe
+from alignment_pipeline.recipe import Recipe, explain_validation
+from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.home import alignment_home
 from resources.runs import RunRecords
 
 
-def chat_with(
-    console: Console, recipe: Recipe, policy: str, max_new_tokens: int, temperature: float, seed: int
-) -> None:
+def decoding_of(**options: float | None) -> DecodingFields:
+    """The command's options as decoding settings.
+
+    Raises:
+        RecipeError: One is out of its range, or two contradict each other.
+    """
+    try:
+        return DecodingFields.model_validate(options)
+    except ValidationError as error:
+        raise RecipeError(f"{explain_validation('align chat', error)}.") from error
+
+
+def chat_with(console: Console, recipe: Recipe, policy: str, decoding: DecodingFields, seed: int) -> None:
     """Answer each line of standard input by the policy, in the recipe's template; a plain text is continued as it is.
 
     Raises:
@@ -37,11 +49,12 @@ def chat_with(
         raise MissingArtifactError(f"{policy} of {recipe.name} has not been made yet. Run `align run {recipe.name}`.")
     trunk = _trunk_of(store, current[policy])
     console.print("Loading…", style="dim")
-    from alignment_pipeline.generation import generate
+    from alignment_pipeline.decoding import respond
     from alignment_pipeline.models import load_policy, load_tokenizer
-    from alignment_pipeline.sequences import encode
+    from alignment_pipeline.tokenization import encode_prompts
 
     tokenizer = load_tokenizer(store.verify(trunk))
+    template = None if recipe.data.text_field else Template(recipe.formatting.template, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
         model = load_policy(store.verify(current[policy]), store.verify(trunk))
@@ -49,20 +62,19 @@ def chat_with(
     limit = max_positions(store.path(trunk))
     turn = 0
     while instruction := _read_line():
-        prompt = encode(tokenizer, [instruction if recipe.data.text_field else format_prompt(instruction, "")])
-        if limit is not None and len(prompt[0]) + max_new_tokens > limit:
+        text = template.prompt({"instruction": instruction, "input": ""}) if template else instruction
+        prompt = encode_prompts(tokenizer, [text])
+        if limit is not None and len(prompt[0]) + decoding.max_new_tokens > limit:
             console.print(
-                f"Too long: {len(prompt[0])} tokens and up to {max_new_tokens} new ones, the model reads {limit}.",
+                f"Too long: {len(prompt[0])} tokens and up to {decoding.max_new_tokens} new ones, the model reads "
+                f"{limit}.",
                 style="yellow",
             )
             continue
-        response = generate(
-            model, tokenizer, prompt,
-            max_new_tokens=max_new_tokens, temperature=temperature, batch_size=1, seed=seed + turn,
-        )[0]  # fmt: skip
+        response = respond(model, tokenizer, prompt, decoding, batch_size=1, seed=seed + turn)[0]
         console.print(response.text, markup=False, highlight=False)
         if not response.ended:
-            console.print(f"(cut after {max_new_tokens} tokens)", style="dim")
+            console.print(f"(cut after {decoding.max_new_tokens} tokens)", style="dim")
         turn += 1
 
 

@@ -159,16 +159,29 @@ def unpin(run_id: Annotated[str, typer.Argument(help="A pinned run's id or its b
 def chat(
     recipe: RecipeArgument,
     policy: PolicyArgument,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response, tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0.0)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response, tokens.")] = 64,
+    min_new_tokens: Annotated[int, typer.Option(help="Shortest response, tokens.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most probable tokens that have this share together.")
+    ] = None,
+    beams: Annotated[int, typer.Option(help="Beams of a beam search, with temperature 0; 1 is none.")] = 1,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that were there before are less probable.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
 ) -> None:
     """Talk to a policy; a line is an instruction, or a text's beginning. Ends with an empty line or Ctrl-D."""
-    from app.chat import chat_with
+    from app.chat import chat_with, decoding_of
     from app.recipes import find_recipe
 
+    decoding = decoding_of(
+        temperature=temperature, top_k=top_k, top_p=top_p, num_beams=beams, repetition_penalty=repetition_penalty,
+        min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
     use_dagster_instance(alignment_home())
-    chat_with(_console, find_recipe(recipe), policy, max_new_tokens, temperature, seed)
+    chat_with(_console, find_recipe(recipe), policy, decoding, seed)
 
 
 @app.command()

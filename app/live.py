@@ -193,6 +193,7 @@ def _cells(state: _AssetState) -> tuple[RenderableType, RenderableType, Renderab
 _HEADLINES = (
     ("objective/score", "score {:.2f}"),
     ("eval/judge_score", "judge {:.3f}"),
+    ("sweep/settings", "{:.0f} settings"),
     ("reward/held_out_accuracy", "held-out accuracy {:.1%}"),
     ("classifier/held_out_accuracy", "held-out accuracy {:.1%}"),
     ("dpo/held_out_accuracy", "held-out accuracy {:.1%}"),

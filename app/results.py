@@ -1,4 +1,7 @@
-"""The table of results: of a recipe's current comparison (or a run's) or, without one, of its reward model."""
+"""The tables of results, from the current artifacts of a recipe or those of a run.
+
+They are of its comparison and decoding sweep or, where it has no policies, of its reward model.
+"""
 
 import json
 from collections.abc import Container
@@ -41,9 +44,20 @@ def load_results(home: Path, recipe: str, run_id: str | None = None) -> dict[str
         "created_at": store.manifest(ref)["created_at"],
         **summary,
         **table,
+        "decoding": _sweep(store, assets["decoding_sweep"]) if "decoding_sweep" in assets else None,
         "checks": [
             {"asset": asset, **check} for asset, made in assets.items() for check in store.manifest(made)["checks"]
         ],
+    }
+
+
+def _sweep(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
+    folder = store.verify(ref)
+    return {
+        "artifact": ref.artifact_id,
+        "policy": store.manifest(ref)["inputs"]["policy"]["stage"],
+        **json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+        "table": read_jsonl(folder / "table.jsonl"),
     }
 
 
@@ -53,8 +67,10 @@ def result_asset(assets: Container[str]) -> str | None:
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
-    """The table for people, its footnotes, and the checks that failed."""
+    """The tables for people, their footnotes, and the checks that failed."""
     (_print_policies if results["asset"] == "comparison" else _print_reward_model)(console, results)
+    if results["decoding"]:
+        _print_sweep(console, results["recipe"], results["decoding"])
     for check in results["checks"]:
         if not check["passed"]:
             line = f"Warning: {check['asset']}: {check['name']} does not hold. {check['detail']}"
@@ -64,9 +80,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
 def _print_policies(console: Console, results: dict[str, Any]) -> None:
     judge, opponent = results["judge_title"], results["opponent"]
     prompts = results["policies"][0]["prompts"]
-    table = Table(
-        title=f"{results['recipe']}: {prompts} test prompts, judge: {judge}", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
-    )
+    table = _table(f"{results['recipe']}: {prompts} test prompts, judge: {judge}")
     table.add_column("policy", no_wrap=True)
     for column in ("BLEU", judge, "learned", "KL, nats", "tokens", "win rate [95%]"):
         table.add_column(column, justify="right")
@@ -85,13 +99,12 @@ def _print_policies(console: Console, results: dict[str, Any]) -> None:
     console.print(table)
     note = f"Win rates and KL (a response) are against {opponent}; ± and [ ] are 95% intervals; ties count half a win."
     console.print(note, style="dim", highlight=False, markup=False)
+    _print_changes(console, results)
 
 
 def _print_reward_model(console: Console, results: dict[str, Any]) -> None:
     pairs, metrics = results["pairs"], results["metrics"]
-    table = Table(
-        title=f"{results['recipe']}: {pairs['validation']} held-out pairs", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
-    )
+    table = _table(f"{results['recipe']}: {pairs['validation']} held-out pairs")
     table.add_column("preferred by", no_wrap=True)
     for column in ("accuracy [95%]", "margin", "ECE"):
         table.add_column(column, justify="right")
@@ -110,3 +123,63 @@ def _print_reward_model(console: Console, results: dict[str, Any]) -> None:
         "ECE: expected calibration error. [ ] are 95% intervals."
     )
     console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _print_changes(console: Console, results: dict[str, Any]) -> None:
+    """What each policy changed, over the same prompts; nothing for a comparison that did not count it."""
+    table = _table("Changes over the same prompts")
+    table.add_column("policy", no_wrap=True)
+    table.add_column("measure", no_wrap=True)
+    for column in ("before", "after", "change [95%]"):
+        table.add_column(column, justify="right", no_wrap=True)
+    by_policy = {row["policy"]: row for row in results["policies"]}
+    for policy, row in by_policy.items():
+        before = by_policy.get(row.get("changed_from"))
+        if before is None:
+            continue
+        name = f"{policy} from {row['changed_from']}"
+        for title, column, change, digits in (
+            ("BLEU", "bleu", "bleu", 1),
+            (results["judge_title"], "judge_score", "judge", 3),
+            ("learned", "learned_score", "learned", 2),
+        ):
+            if row[f"{change}_change"] is not None:
+                bounds = f"[{row[f'{change}_change_low']:+.{digits}f}, {row[f'{change}_change_high']:+.{digits}f}]"
+                table.add_row(
+                    name, title, f"{before[column]:.{digits}f}", f"{row[column]:.{digits}f}",
+                    f"{row[f'{change}_change']:+.{digits}f} {bounds}",
+                )  # fmt: skip
+                name = ""
+    if not table.row_count:
+        return
+    console.print(table)
+    note = "Paired: means by 1.96 standard errors of the differences; BLEU by a bootstrap over the prompts."
+    console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _print_sweep(console: Console, recipe: str, sweep: dict[str, Any]) -> None:
+    judge = sweep["judge_title"]
+    table = _table(f"{recipe}: decoding of {sweep['policy']}, {sweep['prompts']} test prompts, judge: {judge}")
+    table.add_column("setting", no_wrap=True)
+    for column in ("BLEU", judge, "learned", "distinct-1", "distinct-2", "repeated", "tokens", "ended"):
+        table.add_column(column, justify="right")
+    for row in sweep["table"]:
+        learned = row["learned_score"]
+        table.add_row(
+            row["setting"],
+            f"{row['bleu']:.1f}",
+            f"{row['judge_score']:.3f} ±{1.96 * row['judge_score_se']:.3f}",
+            "–" if learned is None else f"{learned:.2f}",
+            f"{row['distinct_1']:.3f}",
+            f"{row['distinct_2']:.3f}",
+            f"{row['repetition']:.1%}",
+            f"{row['mean_tokens']:.1f}",
+            f"{row['eos_rate']:.0%}",
+        )
+    console.print(table)
+    note = "distinct-n: different n-grams over all tokens. repeated: 4-grams that stood in the response before."
+    console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))

@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from rich.table import Table
 
 from alignment_pipeline.errors import DataError, MissingArtifactError, RecipeError
 from alignment_pipeline.graph import build_graph
-from alignment_pipeline.prompts import format_prompt
 from alignment_pipeline.recipe import Recipe
+from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.home import alignment_home
 from resources.runs import RunRecords
@@ -55,8 +55,10 @@ def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
         score = _scorer(refs[rewards[0]])
-        prompts = [row["prompt"] if recipe.data.text_field else format_prompt(row["prompt"], "") for row in rows]
-        scores = [score(prompts, [row[side] for row in rows]) for side in list(rows[0])[1:]]
+        template = _template(recipe, refs)
+        prompts = [_in_template(template, row["prompt"]) for row in rows]
+        start = template.response_start if template else ""
+        scores = [score(prompts, [start + row[side] for row in rows]) for side in list(rows[0])[1:]]
     if as_json:
         for line in _as_json(scores):
             sys.stdout.write(json.dumps(line) + "\n")
@@ -96,6 +98,22 @@ def _lines(file: Path | None) -> list[str]:
         return list(sys.stdin) if file is None else file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file or 'standard input'} cannot be read ({error}), expected JSON lines.") from error
+
+
+def _template(recipe: Recipe, refs: Mapping[str, ArtifactRef]) -> Template | None:
+    """The recipe's template; None where prompts are plain texts."""
+    if recipe.data.text_field:
+        return None
+    tokenizer = None
+    if recipe.formatting.template == "chat":
+        from alignment_pipeline.models import load_tokenizer
+
+        tokenizer = load_tokenizer(ArtifactStore(alignment_home()).verify(refs["base_model"]))
+    return Template(recipe.formatting.template, tokenizer)
+
+
+def _in_template(template: Template | None, prompt: str) -> str:
+    return template.prompt({"instruction": prompt, "input": ""}) if template else prompt
 
 
 def _scorer(ref: ArtifactRef) -> Score:

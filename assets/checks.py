@@ -10,6 +10,11 @@ from alignment_pipeline.graph import StageNode, trunk_asset
 from alignment_pipeline.recipe import Recipe
 
 _BLOCKING, _WARNING = True, False
+_NOT_TRAINED_ON = (
+    "evaluated_prompts_were_not_trained_on",
+    _BLOCKING,
+    "Nothing that the policy, its trunk or its reward comes from learned from an evaluated prompt.",
+)
 
 _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
     "instructions": (
@@ -36,12 +41,9 @@ _CHECKS: dict[str, tuple[tuple[str, bool, str], ...]] = {
     ),
     "evaluation": (
         ("responses_are_not_empty", _BLOCKING, "The evaluation is of text, not of silence."),
-        (
-            "evaluated_prompts_were_not_trained_on",
-            _BLOCKING,
-            "Nothing that the policy, its trunk or its reward comes from learned from an evaluated prompt.",
-        ),
+        _NOT_TRAINED_ON,
     ),
+    "decoding_sweep": (_NOT_TRAINED_ON,),
 }
 
 _TRAINED_CLASSIFIER_CHECKS = (

@@ -2,7 +2,7 @@
 
 import types
 import typing
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import dagster as dg
 
@@ -28,8 +28,12 @@ def _dagster_type(annotation: Any) -> Any:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return str
+    if origin is Annotated:
+        return _dagster_type(arguments[0])
     if origin is list:
         return [_dagster_type(arguments[0])]
+    if origin is dict:
+        return {arguments[0]: _dagster_type(arguments[1])}
     if origin in (Union, types.UnionType):
         present = [argument for argument in arguments if argument is not type(None)]
         inner = _dagster_type(present[0]) if len(present) == 1 else dg.Any

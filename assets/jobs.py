@@ -28,8 +28,9 @@ def everything_job(recipe: Recipe) -> AssetJob:
 
 
 def evaluation_job(recipe: Recipe) -> AssetJob:
-    """The evaluations and the comparison, of the policies as they are."""
-    names = [node.asset for node in build_graph(recipe).values() if node.stage in ("evaluation", "comparison")]
+    """The evaluations, the comparison and the decoding sweep, of the policies as they are."""
+    stages = ("evaluation", "comparison", "decoding_sweep")
+    names = [node.asset for node in build_graph(recipe).values() if node.stage in stages]
     return _job(recipe, evaluation_job_name(recipe), names, "Evaluate the current policies and compare them.")
 
 

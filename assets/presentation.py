@@ -18,16 +18,22 @@ from resources.compute import Outcome
 
 _CELL_CHARS = 160
 _ROWS = 5
+_TABLE_ROWS = 20  # of `table.jsonl`, which is a result and no sample
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKS = 32
 _FIRST_COLUMNS = (
     "policy",
+    "setting",
     "judge_score",
     "win_rate",
     "win_rate_low",
     "win_rate_high",
     "bleu",
     "kl_nats",
+    "changed_from",
+    "judge_change",
+    "judge_change_low",
+    "judge_change_high",
     "instruction",
     "input",
     "output",
@@ -63,8 +69,8 @@ def asset_metadata(
     for picture in sorted((outcome.folder / EXTRAS).glob("*.png")):
         metadata[picture.stem.replace("_", " ")] = dg.MetadataValue.md(_picture(picture))
     for name in tables:
-        path = outcome.folder / name
-        metadata[name] = dg.MetadataValue.md(markdown_table(read_jsonl(path, _ROWS)) if path.is_file() else "(none)")
+        path, count = outcome.folder / name, _TABLE_ROWS if name == "table.jsonl" else _ROWS
+        metadata[name] = dg.MetadataValue.md(markdown_table(read_jsonl(path, count)) if path.is_file() else "(none)")
     if isinstance(wandb_run, Path):
         metadata["W&B run (offline)"] = dg.MetadataValue.path(str(wandb_run))
     elif wandb_run:

@@ -105,6 +105,13 @@ STAGE_ASSETS: dict[str, StageAsset] = {
         _TABLE,
         ("table.jsonl", "examples.jsonl"),
     ),
+    "decoding_sweep": StageAsset(
+        "One policy's answers to test prompts under several decoding settings: what temperature, top-k, top-p, beams "
+        "and penalties do to score, variety, length and repetition.",
+        frozenset({"pytorch", "table"}),
+        ("table.jsonl", "examples.jsonl"),
+        on_gpu=True,
+    ),
 }
 
 

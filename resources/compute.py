@@ -28,7 +28,7 @@ from resources import leases
 from resources.artifact_store import ArtifactRef, ArtifactStore, lease_name
 from resources.feedback import FeedbackInbox
 from resources.home import REPOSITORY
-from resources.leakage import leak_check, with_leak_check
+from resources.leakage import EVALUATING, leak_check, with_leak_check
 from resources.lineage.index import Lineage
 from resources.plan import Plan, content_sha256, make_plan, read_files
 from resources.runs import FAILED, INTERRUPTED, RunRecords
@@ -36,7 +36,7 @@ from resources.tracking import Tracking
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "dagster", "duckdb")
 _TRACKED_STAGES = frozenset({"base_model", "sft_model", "reward_model", "reward_classifier", "dpo_policy", "ppo_policy",
-                              "evaluation"})  # fmt: skip
+                              "evaluation", "decoding_sweep"})  # fmt: skip
 _TRACKING_FOLDER_WAIT_S = 2.0  # the first run of a process opens once wandb is imported
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -177,7 +177,7 @@ class Compute:
             folders = {name: self.store.verify(ref) for name, ref in plan.inputs.items()} | dict(request.files)
             spec = StageSpec(request.config, folders, staging, work, request.seed, self.device)
             result = stage_function(stage)(spec, log)
-            if stage == "evaluation":
+            if stage in EVALUATING:
                 result = replace(result, checks=(*result.checks, leak_check(self.store, plan.inputs, staging)))
             log.close()
             (staging / EXTRAS).mkdir(exist_ok=True)

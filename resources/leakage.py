@@ -22,6 +22,9 @@ from resources.artifact_store import ArtifactRef, ArtifactStore, parents
 
 CHECK = "evaluated_prompts_were_not_trained_on"
 
+EVALUATING = frozenset({"evaluation", "decoding_sweep"})
+"""Stages whose `examples.jsonl` holds the prompts that they asked."""
+
 _TRAINED_ON = {
     "instructions": ("rows.jsonl", ("prompt_id", "instruction", "input", "output")),
     "formatted_dataset": ("train.jsonl", ("prompt_id", "prompt")),
@@ -51,7 +54,7 @@ _Mark = tuple[str, str]
 def with_leak_check(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
     """An artifact's manifest; that of an evaluation made before there was this check gets it now."""
     manifest = store.manifest(ref)
-    if ref.stage == "evaluation" and all(check["name"] != CHECK for check in manifest["checks"]):
+    if ref.stage in EVALUATING and all(check["name"] != CHECK for check in manifest["checks"]):
         check = leak_check(store, parents(manifest), store.path(ref))
         manifest["checks"] = [*manifest["checks"], vars(check)]
     return manifest

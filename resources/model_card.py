@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from alignment_pipeline.prompts import format_prompt
+from alignment_pipeline.templates import Template
 from resources.overrides import names_files
 from resources.policy_record import Check, Made, PolicyRecord
 
@@ -36,6 +36,7 @@ _LABELLERS = {
     "gold_rule": "the built-in world's rule prefers the better of two sampled responses",
     "reference_chrf": "the sampled response that is closer to the dataset's answer (chrF) is preferred",
     "dataset_answer": "the dataset's answer is preferred to a sampled response",
+    "dataset_pair": "the dataset itself says which of two responses is preferred",
 }
 # Metric → title and decimals, in the table's order.
 _METRICS = {
@@ -47,6 +48,7 @@ _METRICS = {
     "mean_tokens": ("Length of a response, tokens", 1),
     "eos_rate": ("Share of responses that end by themselves", 3),
 }
+_FORMATTING = ("instructions", "formatted_dataset")
 _LICENSED = {
     "data": "the data",
     "base_model": "the base model",
@@ -137,28 +139,16 @@ def _base(record: PolicyRecord) -> str:
 
 def _usage(record: PolicyRecord) -> str:
     recipe = record.recipe
-    data = record.lineage["instructions"].manifest["config"] if "instructions" in record.lineage else {}
-    if data.get("text_field", recipe.data.text_field):
-        prompt = "The beginning of a text"
-        template = "The model continues a text; the prompt is the beginning of it, without a template."
-    else:
-        prompt = format_prompt("What the model is to do.", "")
-        template = (
-            "The prompt has to be in the template that the model was trained with. A text that the instruction works "
-            "on stands below a line `### Input:` of its own, before `### Response:`."
-        )
-    evaluation = record.measured.evaluation.manifest["config"] if record.measured else recipe.evaluation.keyed_values()
-    sampling = f"do_sample=True, temperature={evaluation['temperature']:g}, top_k=0"
-    if evaluation["temperature"] == 0:
-        sampling = "do_sample=False"
+    prompt, template = _prompt_code(record)
+    config = record.measured.evaluation.manifest["config"] if record.measured else _evaluation_settings(record)
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-prompt = {json.dumps(prompt)}
-tokens = tokenizer(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-answer = model.generate(**tokens, max_new_tokens={evaluation["max_new_tokens"]}, {sampling})
+prompt = {prompt}
+tokens = tokenizer(prompt, return_token_type_ids=False, return_tensors="pt")
+answer = model.generate(**tokens, {_generate_options(config)})
 print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))"""
     return (
         f"`align export {recipe.name} {record.policy} FOLDER` writes the model as a folder of safetensors, which "
@@ -166,19 +156,63 @@ print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_t
     )
 
 
+def _prompt_code(record: PolicyRecord) -> tuple[str, str]:
+    """A prompt in Python, and what to know about it."""
+    made = {stage: record.lineage[stage].manifest["config"] for stage in _FORMATTING if stage in record.lineage}
+    if made.get("instructions", {}).get("text_field", record.recipe.data.text_field):
+        return (
+            json.dumps("The beginning of a text"),
+            "The model continues a text; the prompt is the beginning of it, without a template.",
+        )
+    template = made.get("formatted_dataset", {}).get("template", record.recipe.formatting.template)
+    asked = "What the model is to do."
+    if template == "chat":
+        return (
+            f"tokenizer.apply_chat_template(\n    {json.dumps([{'role': 'user', 'content': asked}])},\n"
+            "    tokenize=False, add_generation_prompt=True, enable_thinking=False,\n)",
+            "The prompt has to be in the chat template that the tokenizer brings.",
+        )
+    row = {"instruction": asked, "input": ""}
+    prompt = json.dumps(Template(template, tokenizer=None).prompt(row))
+    if template == "human_assistant":
+        return prompt, "The prompt has to be a dialogue of Human and Assistant as above, of one turn or several."
+    return prompt, (
+        "The prompt has to be in the template that the model was trained with. A text that the instruction works "
+        "on stands below a line `### Input:` of its own, before `### Response:`."
+    )
+
+
+def _evaluation_settings(record: PolicyRecord) -> dict[str, Any]:
+    evaluation = record.recipe.evaluation
+    return evaluation.keyed_values() if evaluation else {"max_new_tokens": 64, "temperature": 0}
+
+
+def _generate_options(config: Mapping[str, Any]) -> str:
+    """An evaluation's decoding as arguments of transformers' `generate`; early evaluations had fewer settings."""
+    options = {"max_new_tokens": config["max_new_tokens"], "do_sample": config["temperature"] > 0}
+    if config["temperature"] > 0:
+        options |= {"temperature": config["temperature"], "top_k": config.get("top_k") or 0}
+        options |= {"top_p": config["top_p"]} if config.get("top_p") else {}
+    for name, unused in (("num_beams", 1), ("repetition_penalty", 1), ("min_new_tokens", 0)):
+        if config.get(name, unused) != unused:
+            options[name] = config[name]
+    return ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                     for name, value in options.items())  # fmt: skip
+
+
 def _results(record: PolicyRecord) -> str:
     measured = record.measured
     if measured is None:
         return "This policy has not been evaluated."
     config = measured.evaluation.manifest["config"]
-    how = "greedily" if config["temperature"] == 0 else f"at temperature {config['temperature']:g}"
+    how = f"decoded by `{_generate_options(config)}`"
     rows = [
         (title, f"{metric.value:.{decimals}f}", _range(metric.interval, decimals) if metric.interval else "none")
         for _, title, metric, decimals in _metric_rows(record)
     ]
     return (
         f"The policy answered {measured.prompts} test prompts, which no stage of the recipe was trained on, once each, "
-        f"{how}, with at most {config['max_new_tokens']} tokens. The judge ({measured.judge_title}) is "
+        f"{how}. The judge ({measured.judge_title}) is "
         f"{_JUDGES[config['judge']]}.\n\n"
         + _table(("measure", "value", "95% interval"), rows)
         + "\n\nIntervals of rates are Wilson's, those of means are 1.96 standard errors over the prompts to either "

@@ -23,7 +23,8 @@ from alignment_pipeline.ppo.plan import microbatches
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.ppo.processes import Processes
 from alignment_pipeline.ppo.rewards import ScoreStatistics, token_kls, token_rewards, with_missing_end
-from alignment_pipeline.sequences import TokenBatch, TokenIds, pack
+from alignment_pipeline.sequences import TokenBatch, pack
+from alignment_pipeline.tokenization import TokenIds
 
 
 @dataclass(frozen=True)

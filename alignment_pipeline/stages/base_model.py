@@ -24,7 +24,7 @@ from transformers import (
 from alignment_pipeline import checkpoint
 from alignment_pipeline.configs import BaseModelConfig
 from alignment_pipeline.errors import ModelError
-from alignment_pipeline.given_model import PAD, give_padding_of_its_own, read_given_model
+from alignment_pipeline.given_model import PAD, give_padding_of_its_own, read_given_model, record_source
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, save_model
 from alignment_pipeline.pacing import Pacer
@@ -121,6 +121,7 @@ def _adopt(source: Path | str, revision: str | None, spec: StageSpec[BaseModelCo
     give_padding_of_its_own(model, tokenizer, spec.seed)
     model.config.eos_token_id = tokenizer.eos_token_id
     save_model(model, tokenizer, spec.output_dir)
+    record_source(spec.output_dir, source, revision)
     load_causal_lm(spec.output_dir / MODEL_FOLDER)
     return StageResult({"base/parameters": float(model.num_parameters()), "base/vocabulary": float(len(tokenizer))})
 

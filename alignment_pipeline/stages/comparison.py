@@ -1,8 +1,13 @@
-"""`comparison`: all policies of a recipe side by side, with win rates against the model they were trained from."""
+"""`comparison`: all policies of a recipe side by side, with win rates against the model they were trained from.
+
+Each policy's BLEU and scores are also compared with those of the model before it (`changed_from`), over the same
+prompts: the trunk, and for the trunk of a recipe with `sft` the base model.
+"""
 
 from typing import Any
 
 from alignment_pipeline import atomic
+from alignment_pipeline.bleu import bleu_change
 from alignment_pipeline.configs import EvaluationConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
@@ -11,7 +16,7 @@ from alignment_pipeline.plots import bars
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.stages.evaluation import summarize
-from alignment_pipeline.statistics import standard_error, wilson_interval, win_rate
+from alignment_pipeline.statistics import paired_difference, standard_error, wilson_interval, win_rate
 
 _EXAMPLES = 8
 
@@ -24,7 +29,12 @@ def compare_policies(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Sta
     """
     examples = {policy: read_jsonl(folder / "examples.jsonl") for policy, folder in spec.inputs.items()}
     opponent = "sft_model" if "sft_model" in examples else "base_model"
-    table = [_row(policy, rows, opponent, examples[opponent]) for policy, rows in examples.items()]
+    table = []
+    for policy, rows in examples.items():
+        _require_alike(policy, rows, opponent, examples[opponent])
+        before = None if policy == "base_model" else "base_model" if policy == opponent else opponent
+        changes = _changes(rows, examples[before] if before else None, spec.seed)
+        table.append(_row(policy, rows, opponent, examples[opponent]) | {"changed_from": before} | changes)
     write_jsonl(spec.output_dir / "table.jsonl", table)
     write_jsonl(spec.output_dir / "examples.jsonl", _side_by_side(examples))
     title = JUDGE_TITLES[spec.config.judge]
@@ -46,13 +56,38 @@ def compare_policies(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Sta
     return StageResult(metrics, _checks(table, opponent, spec.config.kl_budget_nats))
 
 
-def _row(policy: str, rows: list[dict[str, Any]], opponent: str, theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    for name in ("prompt_id", "judge", "temperature"):
+def _require_alike(policy: str, rows: list[dict[str, Any]], opponent: str, theirs: list[dict[str, Any]]) -> None:
+    for name in ("prompt_id", "judge", "decoding"):
         if [row[name] for row in rows] != [row[name] for row in theirs]:
             raise DataError(
                 f"{policy} and {opponent} have different {name} values, expected the same for every policy. "
                 "Evaluate all of them anew with the recipe's settings."
             )
+
+
+def _changes(rows: list[dict[str, Any]], before: list[dict[str, Any]] | None, seed: int) -> dict[str, float | None]:
+    """What became of BLEU and the scores, each with its 95% interval; None where there is nothing to compare with."""
+    changes: dict[str, tuple[float | None, float | None, float | None]] = dict.fromkeys(
+        ("bleu", "judge", "learned"), (None, None, None)
+    )
+    if before is not None:
+        changes["bleu"] = bleu_change(
+            [row["response"] for row in rows], [row["response"] for row in before],
+            [row["reference"] for row in rows], seed,
+        )  # fmt: skip
+        for name in ("judge", "learned"):
+            now, then = ([row[f"{name}_score"] for row in each] for each in (rows, before))
+            if None not in (*now, *then):
+                changes[name] = paired_difference(now, then)
+    suffixes = ("change", "change_low", "change_high")
+    return {
+        f"{name}_{suffix}": value
+        for name, values in changes.items()
+        for suffix, value in zip(suffixes, values, strict=True)
+    }
+
+
+def _row(policy: str, rows: list[dict[str, Any]], opponent: str, theirs: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [row["judge_score"] for row in rows]
     metrics = summarize(rows)
     rate = win_rate(scores, [row["judge_score"] for row in theirs])

@@ -14,8 +14,8 @@ from alignment_pipeline.errors import StoreError
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import encode, encode_side
 from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.tokenization import encode_prompts, encode_side
 from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
 from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, score_labelled_positions_only
 
@@ -60,7 +60,7 @@ def pair_rows(spec: StageSpec[DpoConfig], tokenizer: Any, split: str) -> list[di
     """
     pairs = read_jsonl(spec.inputs["pairs"] / f"{split}.jsonl")
     scored = _reference(spec.inputs["reference_logprobs"] / f"{split}.jsonl", [pair["id"] for pair in pairs])
-    prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
+    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
     chosen, rejected = encode_side(tokenizer, pairs, "chosen"), encode_side(tokenizer, pairs, "rejected")
     return [
         {"prompt_ids": prompt, "chosen_ids": better, "rejected_ids": worse,

@@ -12,28 +12,23 @@ import random
 from typing import Any
 
 import torch
-from sacrebleu.metrics import BLEU
 
 from alignment_pipeline import atomic
+from alignment_pipeline.bleu import corpus_bleu
 from alignment_pipeline.classifier import ClassifierScorer, whole_texts
-from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.configs import DecodingSweepConfig, EvaluationConfig
+from alignment_pipeline.decoding import in_words, respond
 from alignment_pipeline.errors import ModelError
-from alignment_pipeline.generation import generate
+from alignment_pipeline.generation import Response
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES, judge
 from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import RewardScorer
-from alignment_pipeline.sequences import (
-    TokenIds,
-    by_length,
-    encode,
-    pack,
-    per_row,
-    response_logits,
-)
+from alignment_pipeline.sequences import by_length, pack, per_row, response_logits
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.statistics import mean
+from alignment_pipeline.tokenization import TokenIds, encode_prompts
 
 MAX_EMPTY_SHARE = 0.95
 _STEPS = 4
@@ -45,15 +40,11 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
     Every policy of a recipe answers the same prompts with the same seed.
     """
     config = spec.config
-    rows = _test_rows(spec)
+    rows = asked_rows(spec)
     tokenizer = load_tokenizer(spec.inputs["trunk"])
-    prompts = encode(tokenizer, [row["prompt"] for row in rows])
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
     policy = load_policy(spec.inputs["policy"], spec.inputs["trunk"], spec.device)
-    responses = generate(
-        policy, tokenizer, prompts,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        batch_size=config.batch_size, seed=spec.seed,
-    )  # fmt: skip
+    responses = respond(policy, tokenizer, prompts, config, batch_size=config.batch_size, seed=spec.seed)
     log.step("evaluate", 1, _STEPS)
     trunk = load_policy(spec.inputs["trunk"], spec.inputs["trunk"], spec.device)
     token_ids = [response.token_ids for response in responses]
@@ -61,22 +52,14 @@ def evaluate_policy(spec: StageSpec[EvaluationConfig], log: ProgressLog) -> Stag
         policy, trunk, prompts, token_ids, tokenizer.pad_token_id, config.batch_size, config.temperature or 1.0
     )
     log.step("evaluate", 2, _STEPS)
-    classifier, texts = _classifier(spec), whole_texts(tokenizer, prompts, token_ids)
-    learned: list[float] | list[None]
-    if classifier is not None:
-        learned = classifier.scores(texts, config.batch_size)
-    else:
-        learned = _learned_scores(spec, prompts, token_ids, tokenizer)
+    judged, learned = scored(spec, tokenizer, rows, prompts, responses)
+    decoding = f"{in_words(config)}, up to {config.max_new_tokens} tokens"
     log.step("evaluate", 3, _STEPS)
-    if config.judge == "reward_classifier":
-        judged = _require(classifier).probabilities(texts, config.batch_size)
-    else:
-        judged = judge(config.judge, rows, [response.text for response in responses])
     examples = [
         {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "reference": row["reference"],
          "response": response.text, "judge": config.judge, "judge_score": judge_score,
          "learned_score": learned_score, "kl_nats": kl, "tokens": len(response.token_ids), "ended": response.ended,
-         "temperature": config.temperature}
+         "temperature": config.temperature, "decoding": decoding}
         for row, response, judge_score, learned_score, kl in zip(rows, responses, judged, learned, kl_nats, strict=True)
     ]  # fmt: skip
     write_jsonl(spec.output_dir / "examples.jsonl", examples)
@@ -96,7 +79,7 @@ def summarize(examples: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of an evaluation's rows."""
     texts, references = [row["response"] for row in examples], [row["reference"] for row in examples]
     metrics = {
-        "eval/bleu": float(BLEU(effective_order=False).corpus_score(texts, [references]).score),
+        "eval/bleu": corpus_bleu(texts, references),
         "eval/judge_score": mean([row["judge_score"] for row in examples]),
         "eval/kl_nats": mean([row["kl_nats"] for row in examples]),
         "eval/mean_tokens": mean([row["tokens"] for row in examples]),
@@ -130,13 +113,34 @@ def exact_kl(
     return [sums[row] for row in range(len(lengths))]
 
 
-def _test_rows(spec: StageSpec[EvaluationConfig]) -> list[dict[str, Any]]:
+def asked_rows(spec: StageSpec[EvaluationConfig | DecodingSweepConfig]) -> list[dict[str, Any]]:
+    """A seeded choice of the test split's rows, each prompt once."""
     rows = read_jsonl(spec.inputs["dataset"] / "test.jsonl")
     unique = list({row["prompt_id"]: row for row in rows}.values())
     return random.Random(spec.seed).sample(unique, min(spec.config.prompts, len(unique)))
 
 
-def _classifier(spec: StageSpec[EvaluationConfig]) -> ClassifierScorer | None:
+def scored(
+    spec: StageSpec[EvaluationConfig | DecodingSweepConfig],
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    prompts: list[TokenIds],
+    responses: list[Response],
+) -> tuple[list[float], list[float] | list[None]]:
+    """Each response's score by the judge, and its learned score where there is a reward to learn it from."""
+    token_ids, batch_size = [response.token_ids for response in responses], spec.config.batch_size
+    classifier, texts = _classifier(spec), whole_texts(tokenizer, prompts, token_ids)
+    learned: list[float] | list[None]
+    if classifier is not None:
+        learned = classifier.scores(texts, batch_size)
+    else:
+        learned = _learned_scores(spec, prompts, token_ids, tokenizer)
+    if spec.config.judge == "reward_classifier":
+        return _require(classifier).probabilities(texts, batch_size), learned
+    return judge(spec.config.judge, rows, [response.text for response in responses]), learned
+
+
+def _classifier(spec: StageSpec[EvaluationConfig | DecodingSweepConfig]) -> ClassifierScorer | None:
     if "reward_classifier" not in spec.inputs:
         return None
     return ClassifierScorer.load(spec.inputs["reward_classifier"], device=spec.device)
@@ -149,7 +153,10 @@ def _require(classifier: ClassifierScorer | None) -> ClassifierScorer:
 
 
 def _learned_scores(
-    spec: StageSpec[EvaluationConfig], prompts: list[TokenIds], responses: list[TokenIds], tokenizer: Any
+    spec: StageSpec[EvaluationConfig | DecodingSweepConfig],
+    prompts: list[TokenIds],
+    responses: list[TokenIds],
+    tokenizer: Any,
 ) -> list[float] | list[None]:
     if "reward_model" not in spec.inputs:
         return [None] * len(prompts)

@@ -2,16 +2,18 @@
 
 `train.jsonl`, `validation.jsonl`, `test.jsonl`: {id, prompt_id, instruction, input, prompt, completion, reference,
 prompt_tokens, completion_tokens}, where completion = output + EOS and reference = output. `dropped.jsonl`: {id, reason,
-prompt_tokens, completion_tokens}. `summary.json`: counts and length statistics by split.
+prompt_tokens, completion_tokens}. `summary.json`: the template, counts and length statistics by split.
 
-Prompt and completion are tokenized SEPARATELY, without special tokens, and trainers and samplers concatenate the ids. A
-joint tokenization can merge across the boundary: the policy would then be trained on other prompt ids than it is
-sampled with, and the loss mask would cut a token in two.
+Prompt and completion are tokenized SEPARATELY, and trainers and samplers concatenate the ids. A joint tokenization can
+merge across the boundary: the policy would then be trained on other prompt ids than it is sampled with, and the loss
+mask would cut a token in two.
 
-An instruction's prompt is the template. A plain text's prompt is its first tokens, as many as seed and row id say, and
-its completion the rest. Prompts are then known here for the first time: `prompt_id` is made of them, and where one
-stands in several splits it is kept in the one that is held out most and dropped from the others, so that no prompt of
-the test split is trained on.
+An instruction's prompt is in the recipe's template (`templates`). A row of preference data keeps its `rejected`
+response, which starts as completions do and is without the end token, and has `rejected_tokens`, end token counted.
+
+A plain text's prompt is its first tokens, as many as seed and row id say, and its completion the rest. Prompts are then
+known here for the first time: `prompt_id` is made of them, and where one stands in several splits it is kept in the one
+that is held out most and dropped from the others, so that no prompt of the test split is trained on.
 """
 
 from collections import Counter
@@ -29,7 +31,6 @@ from alignment_pipeline.limits import max_positions
 from alignment_pipeline.plots import histogram
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import (
-    format_prompt,
     is_plain_text,
     normalised,
     prefix_length,
@@ -38,6 +39,8 @@ from alignment_pipeline.prompts import (
 )
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.stages.instructions import SPLITS
+from alignment_pipeline.templates import Template
+from alignment_pipeline.tokenization import encode, encode_prompts, encode_responses
 
 _BATCH_ROWS = 1000
 _LENGTHS = ("prompt_tokens", "completion_tokens")
@@ -60,6 +63,7 @@ def format_dataset(spec: StageSpec[FormattingConfig], log: ProgressLog) -> Stage
             "that the base model can read."
         )
     tokenizer = _load_tokenizer(spec.inputs["tokenizer"] / "model")
+    template = Template(spec.config.template, tokenizer)
     source = read_jsonl(spec.inputs["instructions"] / "rows.jsonl")
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     dropped: list[Row] = []
@@ -67,7 +71,7 @@ def format_dataset(spec: StageSpec[FormattingConfig], log: ProgressLog) -> Stage
     split_of = {split: number for number, split in enumerate(_MOST_HELD_OUT_FIRST)}
     ordered = sorted(source, key=lambda row: split_of[row["split"]])
     taken: dict[str, str] = {}
-    for done, (split, row, ends_with_eos) in enumerate(_formatted(ordered, tokenizer, spec), start=1):
+    for done, (split, row, ends_with_eos) in enumerate(_formatted(ordered, template, spec), start=1):
         reason = _drop_reason(row, tokenizer.eos_token, spec.config)
         if reason is None and is_plain_text(row) and taken.setdefault(normalised(row["prompt"]), split) != split:
             reason = "prompt_is_held_out"
@@ -85,6 +89,7 @@ def format_dataset(spec: StageSpec[FormattingConfig], log: ProgressLog) -> Stage
         write_jsonl(spec.output_dir / f"{split}.jsonl", rows[split])
     write_jsonl(spec.output_dir / "dropped.jsonl", dropped)
     summary = {
+        "template": {"name": template.name, "chat_template_sha256": template.sha256},
         "rows_in": len(source),
         "kept": sum(map(len, rows.values())),
         "dropped": len(dropped),
@@ -120,20 +125,22 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _formatted(
-    source: Sequence[Row], tokenizer: Any, spec: StageSpec[FormattingConfig]
+    source: Sequence[Row], template: Template, spec: StageSpec[FormattingConfig]
 ) -> Iterator[tuple[str, Row, bool]]:
     """Each row with its split, its lengths, and whether its tokenized completion ends with EOS."""
+    tokenizer, start_of_response = template.tokenizer, template.response_start
     for start in range(0, len(source), _BATCH_ROWS):
         batch = source[start : start + _BATCH_ROWS]
         texts = [
             cut_text(row["output"], tokenizer, _prefix_tokens(row, spec))
             if is_plain_text(row)
-            else (format_prompt(row["instruction"], row["input"]), row["output"])
+            else (template.prompt(row), row["output"])
             for row in batch
         ]
         prompts = [prompt for prompt, _ in texts]
-        completions = [response + tokenizer.eos_token for _, response in texts]
-        prompt_ids, completion_ids = _token_ids(tokenizer, prompts), _token_ids(tokenizer, completions)
+        starts = ["" if is_plain_text(row) else start_of_response for row in batch]
+        completions = [start + text + tokenizer.eos_token for start, (_, text) in zip(starts, texts, strict=True)]
+        prompt_ids, completion_ids = encode_prompts(tokenizer, prompts), encode(tokenizer, completions)
         for index, row in enumerate(batch):
             formatted = {
                 "id": row["id"],
@@ -146,6 +153,9 @@ def _formatted(
                 "prompt_tokens": len(prompt_ids[index]),
                 "completion_tokens": len(completion_ids[index]),
             }
+            if "rejected" in row:
+                (rejected_ids,) = encode_responses(tokenizer, [starts[index] + row["rejected"]])
+                formatted |= {"rejected": starts[index] + row["rejected"], "rejected_tokens": len(rejected_ids)}
             yield row["split"], formatted, completion_ids[index][-1:] == [tokenizer.eos_token_id]
 
 
@@ -160,32 +170,28 @@ def cut_text(text: str, tokenizer: Any, tokens: int) -> tuple[str, str]:
     asked for up to the next such place. With a tokenizer that puts a space before every text that is between words, and
     the rest is then without its leading space, just as a continuation by the policy decodes.
     """
-    (ids,) = _token_ids(tokenizer, [text])
+    (ids,) = encode(tokenizer, [text])
     for cut in range(tokens, len(ids)):
         prompt = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
         if not prompt.strip() or not text.startswith(prompt):
             continue
         whole = text[len(prompt) :]
         for rest in (whole, whole.removeprefix(" ")):
-            if rest.strip() and _token_ids(tokenizer, [prompt, rest]) == [ids[:cut], ids[cut:]]:
+            if rest.strip() and encode(tokenizer, [prompt, rest]) == [ids[:cut], ids[cut:]]:
                 return prompt, rest
     return "", ""
-
-
-def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
 
 def _drop_reason(row: Row, eos_token: str, config: FormattingConfig) -> str | None:
     if not row["prompt"]:
         return "no_place_to_cut"
-    if eos_token in row["reference"] or (is_plain_text(row) and eos_token in row["prompt"]):
+    responses = row["reference"] + row.get("rejected", "")
+    if eos_token in responses or (is_plain_text(row) and eos_token in row["prompt"]):
         return "contains_eos"
     if row["prompt_tokens"] > config.max_prompt_tokens:
         return "over_max_prompt_tokens"
-    return "over_max_tokens" if row["prompt_tokens"] + row["completion_tokens"] > config.max_tokens else None
+    longest = max(row["completion_tokens"], row.get("rejected_tokens", 0))
+    return "over_max_tokens" if row["prompt_tokens"] + longest > config.max_tokens else None
 
 
 def _require_every_split(rows: Mapping[str, Sequence[Row]], by_reason: Mapping[str, int], config: Any) -> None:

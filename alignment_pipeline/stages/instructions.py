@@ -1,13 +1,16 @@
 """The stage `instructions`: raw rows in, clean rows with identities and splits out, bad rows to quarantine.
 
-`rows.jsonl`: {id, prompt_id, instruction, input, output, split, source_line}, the three texts byte for byte as found.
+`rows.jsonl`: {id, prompt_id, instruction, input, output, split, source_line}, the texts as `record_forms` says.
 With `data.text_field` a row is a plain text: instruction and input are empty and the output is the text, which the
 split and prompt_id go by until its beginning is cut off as the prompt (`stages.formatted_dataset`).
+A row of preference data also has `rejected`; its output is the chosen response. A row whose prompt is more than one
+user message also has `messages`, [{role, content}], and its instruction is their transcript.
 `quarantine.jsonl`: {reason, source_line, detail}. `summary.json`: {source, rows_in, kept, quarantined, by_reason,
 splits}.
 
 The summary names the kind of source and not the file, since an artifact's data version counts what was read and not
-where it lay: file, hash and commit are in `extras/source.json`.
+where it lay: file, hash and commit are in `extras/source.json`. With `data.sql` a source_line is the number of a row of
+the query's result; only that of a record which never came into the query is its line in the source.
 
 Rows stream through in chunks that are parsed, judged, hashed and split on every core. Of a row that has passed, 24
 bytes stay: 16 to know duplicates of it by their id, 8 to check that its prompt is in one split.
@@ -28,6 +31,7 @@ from alignment_pipeline.atomic import write_json
 from alignment_pipeline.configs import DataConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.first_seen import FirstSeen, Hashes, Numbers
+from alignment_pipeline.hub_rows import note_content, read_hub_chunks
 from alignment_pipeline.identity import canonical_json, file_sha256
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import (
@@ -37,16 +41,10 @@ from alignment_pipeline.prompts import (
     split_position,
     split_text,
 )
-from alignment_pipeline.rows import (
-    Chunk,
-    Lines,
-    line_chunks,
-    read_chunks,
-    read_hub_chunks,
-    shown,
-    text_problem,
-    value_chunks,
-)
+from alignment_pipeline.record_forms import Example, Refused, read_example
+from alignment_pipeline.row_files import read_chunks
+from alignment_pipeline.rows import Chunk, Lines, line_chunks, shown, value_chunks
+from alignment_pipeline.sql_rows import query_chunks
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.workers import Workers
 from alignment_pipeline.world.generate import generate_rows
@@ -54,15 +52,15 @@ from alignment_pipeline.world.generate import generate_rows
 SPLITS = ("train", "validation", "test")
 
 _SPLIT_BITS = 2
-_NEEDED = {"instruction": "instruction", "output": "output"}
-"""Field of a record that has to hold text → what reasons call it."""
+_SAME = {
+    "instructions": "instruction, input and output",
+    "preferences": "prompt, chosen and rejected",
+    "conversations": "prompt and output",
+}
+"""Form of the records → what two rows that are duplicates have in common."""
 
-Row = dict[str, Any]
-Texts = tuple[str, str, str]
-"""Instruction, input and output."""
-
-Problem = tuple[str, str]
-"""Reason and detail."""
+_MOST_COLUMNS = 1000
+"""Names of columns that are remembered for an error; data with names made up for each row has no end of them."""
 
 
 class Sifted(NamedTuple):
@@ -75,6 +73,7 @@ class Sifted(NamedTuple):
         ids: Row ids.
         source_lines: Source lines.
         splits: Splits.
+        columns: Names of the columns of all rows, where columns are mapped; else of those that lacked one.
     """
 
     rows_in: int
@@ -83,6 +82,7 @@ class Sifted(NamedTuple):
     ids: Hashes
     source_lines: Numbers
     splits: list[str]
+    columns: set[str]
 
 
 class Written(NamedTuple):
@@ -91,6 +91,7 @@ class Written(NamedTuple):
     rows_in: int
     splits: dict[str, int]
     by_reason: dict[str, int]
+    columns: set[str]
 
     @property
     def kept(self) -> int:
@@ -111,12 +112,16 @@ def ingest_instructions(spec: StageSpec[DataConfig], log: ProgressLog) -> StageR
     """
     config, output_dir = spec.config, spec.output_dir
     chunks, source = _read_source(config, spec.seed)
+    if config.sql:
+        chunks = query_chunks(chunks, config.sql, spec.seed, spec.work_dir)
     with Workers() as workers:
         written = _write(output_dir, workers.map(partial(_sift, config=config, seed=spec.seed), chunks), config)
+        _require_mapped_columns(config, written.columns)
         if not written.kept:
+            columns = f"; the columns are {_listed(written.columns)}" if written.columns else ""
             raise DataError(
                 f"{source['source']}: found {written.rows_in} rows and none of them usable (by reason: "
-                f"{written.by_reason}); expected JSON objects with {_expected(config)}."
+                f"{written.by_reason}{columns}); expected records with {_expected(config)}."
             )
         _require_every_split(written.splits)
         checks = _checks(output_dir, written.rows_in, workers)
@@ -147,15 +152,36 @@ def _read_source(config: DataConfig, seed: int) -> tuple[Iterator[Chunk], dict[s
         path = Path(config.path)
         return read_chunks(path), {"source": "file", "path": str(path)}
     if config.hub_name is not None:
-        chunks, commit = read_hub_chunks(config.hub_name, config.hub_revision, config.hub_split)
-        return chunks, {"source": f"hub {config.hub_name}", "commit": commit, "split": config.hub_split}
+        chunks, commit = read_hub_chunks(
+            config.hub_name, config.hub_revision, config.hub_split, config.hub_config, config.hub_data_dir
+        )
+        named = {"config": config.hub_config, "data_dir": config.hub_data_dir}
+        source = {"source": f"hub {config.hub_name}", "commit": commit, "split": config.hub_split}
+        source |= {name: value for name, value in named.items() if value}
+        return note_content(chunks, source), source
     raise DataError("data: found no source, expected one of world_rows, path or hub_name.")
 
 
 def _expected(config: DataConfig) -> str:
     if config.text_field:
         return f"a text of {config.min_chars} to {config.max_chars} characters in {config.text_field} (data.text_field)"
+    if config.form == "preferences":
+        return "prompt, chosen and rejected, or a dialogue with the prompt in it as chosen and as rejected (data.form)"
+    if config.form == "conversations":
+        return "messages, or prompt and completion (data.form)"
     return "the texts instruction, output and, if there is one, input"
+
+
+def _require_mapped_columns(config: DataConfig, found: set[str]) -> None:
+    missing = [name for name in (config.columns or {}).values() if name is not None and name not in found]
+    if missing and found:
+        raise DataError(
+            f"data.columns: found no column {' and no '.join(missing)} in any row, expected some of: {_listed(found)}."
+        )
+
+
+def _listed(columns: set[str]) -> str:
+    return ", ".join(shown(name) for name in sorted(columns)[:20]) + (", …" if len(columns) > 20 else "")
 
 
 def _sift(chunk: Chunk, config: DataConfig, seed: int) -> Sifted:
@@ -165,37 +191,49 @@ def _sift(chunk: Chunk, config: DataConfig, seed: int) -> Sifted:
     ids: list[int] = []
     source_lines: list[int] = []
     splits: list[str] = []
+    columns: set[str] = set()
     rows_in = 0
     for row in chunk.rows():
         rows_in += 1
-        problem = (row.problem, row.detail) if row.problem else _problem(row.value, config)
-        if problem:
-            quarantined.append((row.source_line, *problem))
+        read = Refused(row.problem, row.detail) if row.problem else read_example(row.value, config)
+        if config.columns or (isinstance(read, Refused) and read.reason == "missing_key"):
+            columns |= set(row.value) if isinstance(row.value, dict) and len(columns) < _MOST_COLUMNS else set()
+        if isinstance(read, Refused):
+            quarantined.append((row.source_line, *read))
             continue
-        texts = _texts(row.value, config.text_field)
-        instruction, input, output = map(canonical_json, texts)
-        # Each text is quoted once, for its line, which is canonical JSON, and for both identities.
-        identity = identity_of(instruction, input, output)
-        prompt = identity_of(instruction if texts[0] else output, input)
-        split = _split(texts, config, seed)
-        lines.append(
-            f'{{"id":"{identity}","input":{input},"instruction":{instruction},"output":{output},'
-            f'"prompt_id":"{prompt}","source_line":{row.source_line},"split":"{split}"}}\n'
-        )
+        split = _split(read, config, seed)
+        line, identity = _line(read, row.source_line, split)
+        lines.append(line)
         ids.append(int(identity, 16))
         source_lines.append(row.source_line)
         splits.append(split)
     hashes, numbers = np.array(ids, np.uint64), np.array(source_lines, np.int64)
-    return Sifted(rows_in, quarantined, "".join(lines).encode(), hashes, numbers, splits)
+    return Sifted(rows_in, quarantined, "".join(lines).encode(), hashes, numbers, splits, columns)
+
+
+def _line(example: Example, source_line: int, split: str) -> tuple[str, str]:
+    """A row's line of `rows.jsonl` and its id. Each text is quoted once, for the line, canonical JSON, and the ids."""
+    instruction, input, output = map(canonical_json, example[:3])
+    rejected = () if example.rejected is None else (canonical_json(example.rejected),)
+    identity = identity_of(instruction, input, output, *rejected)
+    prompt = identity_of(instruction if example.instruction else output, input)
+    messages = f'"messages":{canonical_json(example.messages)},' if example.messages else ""
+    other = f'"rejected":{rejected[0]},' if rejected else ""
+    line = (
+        f'{{"id":"{identity}","input":{input},"instruction":{instruction},{messages}"output":{output},'
+        f'"prompt_id":"{prompt}",{other}"source_line":{source_line},"split":"{split}"}}\n'
+    )
+    return line, identity
 
 
 def _write(output_dir: Path, parts: Iterator[Sifted], config: DataConfig) -> Written:
     """Write both tables, where a row that came before goes to quarantine as a duplicate."""
-    same = "text" if config.text_field else "instruction, input and output"
+    same = "text" if config.text_field else _SAME[config.form]
     first_seen = FirstSeen()
     rows_in = 0
     splits = dict.fromkeys(SPLITS, 0)
     by_reason: Counter[str] = Counter()
+    columns: set[str] = set()
     with (output_dir / "rows.jsonl").open("wb") as rows, (output_dir / "quarantine.jsonl").open("wb") as quarantine:
         for part in parts:
             first = first_seen.numbers(part.ids, part.source_lines)
@@ -208,49 +246,14 @@ def _write(output_dir: Path, parts: Iterator[Sifted], config: DataConfig) -> Wri
                 quarantine.write(f"{canonical_json(record)}\n".encode())
                 by_reason[reason] += 1
             rows_in += part.rows_in
+            columns |= part.columns if len(columns) < _MOST_COLUMNS else set()
             for split in compress(part.splits, is_new):
                 splits[split] += 1
-    return Written(rows_in, splits, dict(sorted(by_reason.items())))
+    return Written(rows_in, splits, dict(sorted(by_reason.items())), columns)
 
 
-def _texts(value: Row, text_field: str | None) -> Texts:
-    if text_field:
-        return "", "", value[text_field]
-    empty_if_absent = value.get("input")
-    return value["instruction"], "" if empty_if_absent is None else empty_if_absent, value["output"]
-
-
-def _problem(value: Any, config: DataConfig) -> Problem | None:
-    """The first reason why a parsed record cannot be used, or None."""
-    if not isinstance(value, dict):
-        return "wrong_type", shown(value)
-    needed = {config.text_field: "text"} if config.text_field else _NEEDED
-    missing = [name for name in needed if name not in value]
-    if missing:
-        return "missing_key", f"no {' and no '.join(missing)} among {shown(sorted(value))}"
-    texts = _texts(value, config.text_field)
-    if not _are_all_usable(*texts):
-        names = ("", "", config.text_field) if config.text_field else ("instruction", "input", "output")
-        problems = (text_problem(str(name), text) for name, text in zip(names, texts, strict=True))
-        return next(problem for problem in problems if problem)
-    for name, called in needed.items():
-        if not value[name].strip():
-            return f"empty_{called}", shown(value[name])
-    chars = sum(map(len, texts))
-    if chars > config.max_chars:
-        return "over_long", f"{chars} characters, {config.max_chars} allowed"
-    return ("too_short", f"{chars} characters, {config.min_chars} needed") if chars < config.min_chars else None
-
-
-def _are_all_usable(instruction: object, input: object, output: object) -> bool:
-    """Whether `text_problem` has nothing against any; most rows are good, so that three are looked at as one."""
-    are_texts = isinstance(instruction, str) and isinstance(input, str) and isinstance(output, str)
-    return are_texts and text_problem("", f"{instruction}{input}{output}") is None
-
-
-def _split(texts: Texts, config: DataConfig, seed: int) -> str:
-    instruction, input, output = texts
-    text = split_text({"instruction": instruction, "input": input, "output": output})
+def _split(example: Example, config: DataConfig, seed: int) -> str:
+    text = split_text({"instruction": example.instruction, "input": example.input, "output": example.output})
     position = split_position(seed, "instructions", text)
     if position < config.test_fraction:
         return "test"

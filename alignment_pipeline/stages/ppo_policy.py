@@ -34,8 +34,8 @@ from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import RewardScorer
 from alignment_pipeline.scorers import ClassifierReward, FunctionScorer, RewardModelScorer, SharedTrunkScorer
-from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
+from alignment_pipeline.tokenization import encode_prompts
 
 NON_FINITE_FILE = "non_finite_rows.json"
 
@@ -117,7 +117,7 @@ def _prompts(spec: StageSpec[PpoConfig], tokenizer: Any) -> list[Prompt]:
             f"Found {len(unique)} training prompts, expected at least ppo.rollout_batch_size "
             f"({spec.config.rollout_batch_size}). Lower it or add data."
         )
-    token_ids = encode(tokenizer, [text for text, _ in unique])
+    token_ids = encode_prompts(tokenizer, [text for text, _ in unique])
     return [Prompt(identity, text, ids) for (text, identity), ids in zip(unique, token_ids, strict=True)]
 
 

@@ -15,22 +15,25 @@ from alignment_pipeline.preferences import PreferencePair, make_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stage import StageResult, StageSpec
 
+Row = dict[str, Any]
+
+_DATASET_METHODS = ("dataset_answer", "dataset_pair")
+
 
 def label_preferences(spec: StageSpec[LabellingConfig], log: ProgressLog) -> StageResult:
     """Make at most `pairs_per_prompt` pairs from each prompt's samples; ties and identical pairs are dropped, counted.
 
+    With `dataset_pair` there are no samples: every row of the train split is one pair.
+
     Writes `pairs.jsonl` (see `preferences` for the columns) and `summary.json`.
     """
     config = spec.config
-    references = {row["prompt_id"]: row for row in read_jsonl(spec.inputs["dataset"] / "train.jsonl")}
-    samples: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for sample in read_jsonl(spec.inputs["samples"] / "samples.jsonl"):
-        samples[sample["prompt_id"]].append(sample)
+    asked = _asked(spec)
     dropped: Counter[str] = Counter()
     pairs: list[PreferencePair] = []
-    for number, (prompt_id, responses) in enumerate(samples.items(), 1):
+    for number, (row, responses) in enumerate(asked, 1):
         kept = 0
-        for better, worse in _candidates(config.method, references[prompt_id], responses):
+        for better, worse in _candidates(config.method, row, responses):
             if better.text == worse.text:
                 dropped["identical"] += 1
             elif not better.text.strip() or not worse.text.strip():
@@ -41,23 +44,23 @@ def label_preferences(spec: StageSpec[LabellingConfig], log: ProgressLog) -> Sta
                 kept += 1
                 pairs.append(
                     make_pair(
-                        prompt_id=prompt_id,
-                        prompt=references[prompt_id]["prompt"],
+                        prompt_id=row["prompt_id"],
+                        prompt=row["prompt"],
                         chosen=better.text,
                         rejected=worse.text,
                         chosen_ended=better.ended,
                         rejected_ended=worse.ended,
-                        source="dataset" if config.method == "dataset_answer" else "sampled",
+                        source="dataset" if config.method in _DATASET_METHODS else "sampled",
                         labeller=config.method,
                         chosen_score=better.score,
                         rejected_score=worse.score,
                     )
                 )
-        if number % 200 == 0 or number == len(samples):
-            log.step("label", number, len(samples), {"pairs/count": len(pairs)})
+        if number % 200 == 0 or number == len(asked):
+            log.step("label", number, len(asked), {"pairs/count": len(pairs)})
     if not pairs:
         raise DataError(
-            f"No pair is left from {sum(map(len, samples.values()))} samples (dropped: {dict(dropped)}). "
+            f"No pair is left from {sum(len(responses) for _, responses in asked)} samples (dropped: {dict(dropped)}). "
             "Raise sampling.samples_per_prompt or sampling.temperature so that responses differ."
         )
     write_jsonl(spec.output_dir / "pairs.jsonl", pairs)
@@ -84,13 +87,27 @@ class _Response:
     score: float | None = None
 
 
-def _candidates(
-    method: str, row: dict[str, Any], samples: list[dict[str, Any]]
-) -> Iterable[tuple[_Response, _Response]]:
+def _asked(spec: StageSpec[LabellingConfig]) -> list[tuple[Row, list[Row]]]:
+    """Rows of the train split, one a prompt, with its samples; where rows are pairs themselves, every row and none."""
+    rows = read_jsonl(spec.inputs["dataset"] / "train.jsonl")
+    if spec.config.method == "dataset_pair":
+        return [(row, []) for row in rows]
+    references = {row["prompt_id"]: row for row in rows}
+    samples: dict[str, list[Row]] = defaultdict(list)
+    for sample in read_jsonl(spec.inputs["samples"] / "samples.jsonl"):
+        samples[sample["prompt_id"]].append(sample)
+    return [(references[prompt_id], responses) for prompt_id, responses in samples.items()]
+
+
+def _candidates(method: str, row: Row, samples: list[Row]) -> Iterable[tuple[_Response, _Response]]:
     """(preferred, other) candidates of one prompt, the pairs furthest apart first."""
-    if method == "dataset_answer":
+    if method in _DATASET_METHODS:
+        # The completion without its end token: the template may put a space before the dataset's answer.
+        answer = _Response(row["completion"][: row["completion"].index(row["reference"]) + len(row["reference"])], True)
+        if method == "dataset_pair":
+            yield answer, _Response(row["rejected"], True)
         for sample in samples:
-            yield _Response(row["reference"], True), _Response(sample["response"], sample["ended"])
+            yield answer, _Response(sample["response"], sample["ended"])
         return
     name: RuleName = "gold_rule" if method == "gold_rule" else "reference_chrf"
     scores = judge(name, [row] * len(samples), [sample["response"] for sample in samples])

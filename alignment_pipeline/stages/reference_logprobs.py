@@ -7,8 +7,9 @@ from alignment_pipeline.configs import ReferenceLogprobsConfig
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import encode, encode_side, sum_logprobs
+from alignment_pipeline.sequences import sum_logprobs
 from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.tokenization import encode_prompts, encode_side
 
 
 def score_reference_logprobs(spec: StageSpec[ReferenceLogprobsConfig], log: ProgressLog) -> StageResult:
@@ -18,7 +19,7 @@ def score_reference_logprobs(spec: StageSpec[ReferenceLogprobsConfig], log: Prog
     metrics: dict[str, float] = {}
     for number, split in enumerate(("train", "validation"), 1):
         pairs = read_jsonl(spec.inputs["pairs"] / f"{split}.jsonl")
-        prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
+        prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
         chosen, rejected = (
             sum_logprobs(
                 model, prompts, encode_side(tokenizer, pairs, side),

@@ -28,17 +28,18 @@ from alignment_pipeline import atomic, checkpoint
 from alignment_pipeline.classifier import SUMMARY, ClassifierScorer, padded, require_label, token_ids
 from alignment_pipeline.configs import RewardClassifierConfig
 from alignment_pipeline.errors import DataError, ModelError
-from alignment_pipeline.given_model import give_padding_of_its_own, read_given_model
+from alignment_pipeline.given_model import give_padding_of_its_own, read_given_model, record_source
 from alignment_pipeline.identity import write_jsonl
 from alignment_pipeline.models import save_model
 from alignment_pipeline.pacing import Pacer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import normalised, split_position
-from alignment_pipeline.rows import RawRow, read_rows, shown, text_problem
-from alignment_pipeline.sequences import TokenIds
+from alignment_pipeline.row_files import read_rows
+from alignment_pipeline.rows import RawRow, shown, text_problem
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.stages.base_model import build_tokenizer
 from alignment_pipeline.statistics import wilson_interval
+from alignment_pipeline.tokenization import TokenIds
 
 _LOG_EVERY = 10
 _LONG_TEXT = "a word and " * 4000
@@ -70,6 +71,7 @@ def _adopt(source: Path | str, spec: StageSpec[RewardClassifierConfig]) -> Stage
     require_label(model.config.id2label, config.label, str(source))
     give_padding_of_its_own(model, tokenizer, spec.seed)
     save_model(model, tokenizer, spec.output_dir)
+    record_source(spec.output_dir, source, config.hub_revision)
     kind = "folder" if isinstance(source, Path) else f"hub {source}"
     _write_summary(spec, model, {"source": kind})
     try:

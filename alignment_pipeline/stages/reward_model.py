@@ -33,11 +33,17 @@ from alignment_pipeline.models import (
 )
 from alignment_pipeline.preferences import PreferencePair, read_pairs
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.reward import MAX_TOKENS, OWN_TOKENIZER, SUMMARY, RewardEncoder, RewardScorer
+from alignment_pipeline.reward import (
+    MAX_TOKENS,
+    OWN_TOKENIZER,
+    SUMMARY,
+    RewardEncoder,
+    RewardScorer,
+)
 from alignment_pipeline.reward_report import PLAUSIBLE_ACCURACY, calibration, pair_scores, report, score_pairs
-from alignment_pipeline.sequences import TokenIds
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.statistics import win_rate
+from alignment_pipeline.tokenization import TokenIds
 from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
 
 SPLITS = ("train", "validation")

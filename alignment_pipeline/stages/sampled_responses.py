@@ -8,8 +8,8 @@ from alignment_pipeline.generation import generate
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
+from alignment_pipeline.tokenization import encode_prompts
 
 MAX_EMPTY_SHARE = 0.5
 
@@ -25,7 +25,7 @@ def sample_responses(spec: StageSpec[SamplingConfig], log: ProgressLog) -> Stage
     chosen = random.Random(spec.seed).sample(unique, min(config.prompts, len(unique)))
     tokenizer = load_tokenizer(spec.inputs["policy"])
     model = load_policy(spec.inputs["policy"], spec.inputs["policy"], spec.device)
-    prompts = encode(tokenizer, [row["prompt"] for row in chosen])
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in chosen])
     samples: list[dict[str, Any]] = []
     for number in range(config.samples_per_prompt):
         responses = generate(

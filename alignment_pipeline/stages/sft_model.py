@@ -14,8 +14,8 @@ from alignment_pipeline.configs import SftConfig
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.tokenization import encode, encode_prompts
 from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
 from alignment_pipeline.trl_adapter import score_labelled_positions_only
 
@@ -58,7 +58,7 @@ def train_sft(spec: StageSpec[SftConfig], log: ProgressLog) -> StageResult:
 def labelled_rows(spec: StageSpec[SftConfig], tokenizer: Any, split: str) -> list[dict[str, Any]]:
     """Token ids and labels of a split; prompt tokens have no label (-100), the end token has one."""
     rows = read_jsonl(spec.inputs["dataset"] / f"{split}.jsonl")
-    prompts = encode(tokenizer, [row["prompt"] for row in rows])
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
     completions = encode(tokenizer, [row["completion"] for row in rows])
     return [
         {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}

@@ -209,7 +209,9 @@ def _number(connection: Connection, recipe: str, metric: str, policy: str | None
 
 def _family(connection: Connection, number: Answer, examples: Answer | None) -> dict[str, Answer]:
     """The artifact that a number is in and everything behind it; of a comparison, only the evaluations it is about."""
-    about = [number["policy"], (examples or {}).get("opponent")] if number["asset"] == "comparison" else None
+    about = None
+    if number["asset"] == "comparison":
+        about = [number["policy"], (examples or {}).get("opponent") or _changed_from(connection, number)]
     family = rows(
         connection,
         "WITH roots AS (SELECT input_artifact_id AS id FROM artifact_inputs "
@@ -222,6 +224,17 @@ def _family(connection: Connection, number: Answer, examples: Answer | None) -> 
         {"id": number["artifact_id"], "about": about},
     )
     return {made["artifact_id"]: _artifact(made) for made in family}
+
+
+def _changed_from(connection: Connection, number: Answer) -> str | None:
+    """The policy that a change is counted from; None for another number of a comparison."""
+    cells = rows(
+        connection,
+        "SELECT text FROM comparison_rows WHERE artifact_id = ? AND policy = ? AND name = 'changed_from' "
+        "AND regexp_matches(?, '_change(_low|_high)?$')",
+        [number["artifact_id"], number["policy"], number["metric"]],
+    )
+    return cells[0]["text"] if cells else None
 
 
 def _artifact(made: Answer) -> Answer:

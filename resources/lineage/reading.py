@@ -64,11 +64,11 @@ _PROMPTS_OF_TEXTS = """
 _EXAMPLES = """
     INSERT INTO evaluation_examples
     SELECT $artifact, prompt_id, prompt, reference, response, judge, judge_score, learned_score, kl_nats, tokens, ended,
-           temperature
+           temperature, decoding
     FROM read_json($path, format = 'newline_delimited', hive_partitioning = false, columns = {
         prompt_id: 'VARCHAR', prompt: 'VARCHAR', reference: 'VARCHAR', response: 'VARCHAR', judge: 'VARCHAR',
         judge_score: 'DOUBLE', learned_score: 'DOUBLE', kl_nats: 'DOUBLE', tokens: 'BIGINT', ended: 'BOOLEAN',
-        temperature: 'DOUBLE'})
+        temperature: 'DOUBLE', decoding: 'VARCHAR'})
 """
 _ROLLOUTS = """
     INSERT INTO rollouts

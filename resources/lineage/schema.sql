@@ -250,7 +250,12 @@ CREATE TABLE feedback (
     PRIMARY KEY (recipe, line)
 );
 
--- migration 2: held-out pairs as a reward model scores them
+-- migration 2: how an evaluation's responses were decoded
+-- rebuild
+
+ALTER TABLE evaluation_examples ADD COLUMN decoding VARCHAR; -- "temperature 0.7, top-p 0.9, up to 64 tokens"
+
+-- migration 3: held-out pairs as a reward model scores them
 -- rebuild
 
 -- One row a held-out pair of a `reward_model`. The shuffled scores are those of the responses to another pair's prompt,

@@ -18,7 +18,7 @@ from transformers import (
 
 from alignment_pipeline.classifier import ClassifierScorer, padded, token_ids, whole_texts
 from alignment_pipeline.errors import ModelError
-from alignment_pipeline.sequences import encode
+from alignment_pipeline.tokenization import encode
 
 ROUNDING = 1e-5  # logits of size 1 in float32, computed in batches of another shape
 LABELS = {0: "NEUTRAL", 1: "POSITIVE", 2: "NEGATIVE"}

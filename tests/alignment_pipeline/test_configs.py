@@ -10,6 +10,7 @@ from alignment_pipeline import configs
 from alignment_pipeline.configs import (
     BaseModelConfig,
     DataConfig,
+    DecodingSweepConfig,
     PpoConfig,
     RewardClassifierConfig,
     RewardModelConfig,
@@ -94,3 +95,14 @@ def test_a_reward_function_counts_by_its_name_and_its_files_content() -> None:
     assert of("a/rewards.py:f").input_files() == {"reward_function": Path("a/rewards.py")}
     assert of(None).input_files() == {}
     assert "reward_function" not in of(None).keyed_values()
+
+
+def test_a_boolean_in_a_list_is_no_number() -> None:
+    with pytest.raises(ValidationError, match="found True \\(a boolean\\)"):
+        DecodingSweepConfig(judge="gold_rule", temperatures=[0.5, True])
+
+
+def test_which_policy_is_swept_counts_by_its_content() -> None:
+    named = DecodingSweepConfig(judge="gold_rule", policy="sft_model")
+    assert named.keyed_values() == DecodingSweepConfig(judge="gold_rule").keyed_values()
+    assert DecodingSweepConfig(judge="gold_rule", top_ks=[3]).keyed_values() != named.keyed_values()

@@ -62,6 +62,10 @@ SMOKE = {
         {"base_model": "base_evaluation", "sft_model": "sft_evaluation", "ppo_policy": "ppo_evaluation",
          "dpo_policy": "dpo_evaluation"},
     ),
+    "decoding_sweep": (
+        "decoding_sweep", "decoding",
+        {"dataset": "formatted_dataset", "policy": "sft_model", "trunk": "sft_model", "reward_model": "reward_model"},
+    ),
 }  # fmt: skip
 
 
@@ -127,6 +131,13 @@ def test_the_sentiment_recipe_trains_the_base_model_itself() -> None:
         },
         "comparison": {"base_model": "base_evaluation", "ppo_policy": "ppo_evaluation"},
     }  # fmt: skip
+
+
+def test_a_sweep_is_of_the_trunk_unless_another_policy_is_named() -> None:
+    assert graph_of("sft=null")["decoding_sweep"][2]["policy"] == "base_model"
+    inputs = graph_of("decoding.policy=dpo_policy")["decoding_sweep"][2]
+    assert (inputs["policy"], inputs["trunk"]) == ("dpo_policy", "sft_model")
+    assert set(SMOKE) - set(graph_of("decoding=null")) == {"decoding_sweep"}
 
 
 def test_reference_logprobs_exist_for_dpo_only() -> None:

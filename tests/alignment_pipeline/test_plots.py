@@ -1,7 +1,7 @@
 import struct
 from pathlib import Path
 
-from alignment_pipeline.plots import bars, below_a_curve, curves, distributions, histogram
+from alignment_pipeline.plots import bar_panels, bars, below_a_curve, curves, distributions, histogram
 
 
 def size_of(png: bytes) -> tuple[int, int]:
@@ -44,3 +44,15 @@ def test_distributions_are_wide_and_the_plane_below_a_curve_is_drawn_the_same_ea
         first = (tmp_path / "first" / plot).read_bytes()
         assert size_of(first) == size
         assert first == (tmp_path / "second" / plot).read_bytes()
+
+
+def test_panels_of_bars_grow_with_their_rows_and_are_the_same_each_time(tmp_path: Path) -> None:
+    panels = {"BLEU": [(1.0, 0.0), (2.0, 0.0)], "score": [(0.1, 0.02), (0.2, 0.02)]}
+    for name in ("first", "second"):
+        bar_panels(tmp_path / f"{name}.png", ["greedy", "beams 5"], panels, "Decoding")
+    first = (tmp_path / "first.png").read_bytes()
+    assert first == (tmp_path / "second.png").read_bytes()
+    longer = {name: [*values, *values] for name, values in panels.items()}
+    bar_panels(tmp_path / "longer.png", ["a", "b", "c", "d"], longer, "Decoding")
+    (width, height), (same, higher) = size_of(first), size_of((tmp_path / "longer.png").read_bytes())
+    assert width == same and height < higher

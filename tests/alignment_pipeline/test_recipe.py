@@ -76,8 +76,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert str(caught.value).splitlines() == [
-        f"{path}: {section}: missing, expected a value for this key"
-        for section in ("data", "base_model", "formatting", "evaluation")
+        f"{path}: {section}: missing, expected a value for this key" for section in ("data", "base_model", "formatting")
     ]
 
 
@@ -154,6 +153,11 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ),
         (["ppo.kl_target_nats=6", "ppo.kl_horizon=7"], "ppo.kl_horizon: found 7, expected at least rollout_batch_size"),
         (["ppo.reward_function=rewards"], "expected file.py:function"),
+        (["evaluation=null"], "evaluation: missing, expected one beside sft and ppo and dpo, whose policy"),
+        (["labelling.method=dataset_pair"], "sampling: found beside labelling.method dataset_pair, which uses no sam"),
+        (["formatting.template=human_assistant"], "feedback: votes go into the instruction template only"),
+        (["formatting.template=chat", "feedback=null"], "formatting.template: found chat, but a built base model has"),
+        ([*TEXTS, "formatting.template=human_assistant"], "formatting.template: found human_assistant, but plain"),
         (["ppo.kl_target_nats=6", "ppo.kl_coef=0"], "ppo.kl_target_nats: found with kl_coef 0, which it could never"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -172,6 +176,9 @@ def test_a_combination_that_cannot_work_is_refused_before_anything_runs(override
         ["sampling=null", "labelling=null"],
         ["sft=null"],
         ["base_model.path=m", "formatting.max_tokens=4000"],
+        ["base_model.path=m", "formatting.template=chat", "feedback=null"],
+        ["formatting.template=human_assistant", "feedback=null"],
+        ["evaluation=null", "sft=null", "ppo=null", "dpo=null"],
         ["base_model.hub_name=a/b", "base_model.hidden_size=33"],
         ["data.world_rows=null", "data.path=rows.jsonl", "evaluation.judge=reference_chrf"],
         ["formatting.max_tokens=240", "sampling.max_new_tokens=120"],
@@ -305,3 +312,42 @@ def test_loading_a_recipe_imports_neither_torch_nor_an_orchestrator() -> None:
 def test_a_boolean_is_no_number_and_no_text(override: str) -> None:
     with pytest.raises(RecipeError, match=rf"{override.split('=')[0]}.*boolean.*expected"):
         smoke_with(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["evaluation.num_beams=5"], "evaluation: num_beams: found 5 with temperature 1, expected temperature 0"),
+        (["evaluation.temperature=0", "evaluation.top_k=4"], "evaluation: top_k: found 4 with temperature 0, which is"),
+        (["evaluation.temperature=0", "evaluation.top_p=0.9"], "evaluation: top_p: found 0.9 with temperature 0"),
+        (["evaluation.min_new_tokens=25"], "min_new_tokens: found 25, expected at most max_new_tokens (24)"),
+        (["evaluation.top_p=1.5"], "evaluation.top_p: found 1.5 (a number), expected less than or equal to 1"),
+        (["evaluation.repetition_penalty=0"], "found 0 (an integer), expected greater than 0"),
+        (["decoding.num_beams=[1]"], "decoding.num_beams.0: found 1 (an integer), expected greater than or equal to 2"),
+        (["decoding.min_new_tokens=[4, 17]"], "min_new_tokens: found 17, expected at most max_new_tokens (16)"),
+        (
+            ["decoding.temperatures=[]", "decoding.top_ps=[]", "decoding.num_beams=[]"],
+            "decoding: found no value of any knob, expected at least one",
+        ),
+        (["decoding.policy=gpt4"], "decoding.policy: found 'gpt4' (text), expected 'base_model', 'sft_model'"),
+        (
+            ["ppo=null", "decoding.policy=ppo_policy"],
+            "decoding.policy: found ppo_policy, expected one of the recipe's: base_model, sft_model, dpo_policy",
+        ),
+        (["decoding.judge=reward_classifier"], "found reward_classifier, expected a reward_classifier section"),
+        ([*TEXTS, "decoding.judge=gold_rule"], "decoding.judge: found gold_rule, which judges the built-in world only"),
+        (["decoding.max_new_tokens=150"], "base_model.max_positions: found 240, expected at least 270"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_decoding_that_cannot_be_is_refused_in_a_sentence(overrides: list[str], expected: str) -> None:
+    message = error_of(*overrides)
+    assert expected in message and "\n" not in message
+
+
+def test_a_sweep_that_names_no_judge_has_the_evaluations() -> None:
+    for judge in ("gold_rule", "reference_chrf"):
+        decoding = smoke_with(f"evaluation.judge={judge}").decoding
+        assert decoding is not None and decoding.judge == judge
+    decoding = smoke_with("decoding.judge=reference_chrf").decoding
+    assert decoding is not None and decoding.judge == "reference_chrf"

@@ -12,7 +12,8 @@ import pytest
 from alignment_pipeline import rows as rows_module
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.prompts import is_utf8_text
-from alignment_pipeline.rows import CHUNK_BYTES, Lines, parse_jsonl, read_chunks, read_rows, shown
+from alignment_pipeline.row_files import read_chunks, read_rows
+from alignment_pipeline.rows import CHUNK_BYTES, Lines, parse_jsonl, shown
 
 RECORDS = [{"instruction": "Say ü.", "output": "ü"}, {"instruction": "Say \u2028.", "output": "two"}]
 HUB_NAME = "sahil2801/CodeAlpaca-20k"
@@ -133,7 +134,7 @@ def test_the_size_of_chunks_changes_no_row_and_no_line_number(
     path.write_bytes(content)
     expected = list(read_rows(path))
     assert len(expected) > 2
-    monkeypatch.setattr(rows_module, "_CHUNK_VALUES", 4)
+    monkeypatch.setattr(rows_module, "CHUNK_VALUES", 4)
     for size in (1, 7, 100):
         monkeypatch.setattr(rows_module, "CHUNK_BYTES", size)
         assert list(read_rows(path)) == expected
@@ -176,7 +177,7 @@ def load_in_subprocess(home: Path, *arguments: str | None) -> "subprocess.Comple
     code = (
         "import json, sys\n"
         "from alignment_pipeline.errors import DataError\n"
-        "from alignment_pipeline.rows import read_hub_chunks\n"
+        "from alignment_pipeline.hub_rows import read_hub_chunks\n"
         "try:\n"
         "    chunks, commit = read_hub_chunks(*json.loads(sys.argv[1]))\n"
         "    print(json.dumps([commit, [row for chunk in chunks for row in chunk.rows()]]))\n"

@@ -12,9 +12,6 @@ from alignment_pipeline.sequences import (
     TokenBatch,
     by_length,
     chosen_logprobs,
-    encode,
-    encode_responses,
-    encode_side,
     in_columns,
     pack,
     per_row,
@@ -22,6 +19,7 @@ from alignment_pipeline.sequences import (
     response_tokens,
     sum_logprobs,
 )
+from alignment_pipeline.tokenization import encode, encode_responses, encode_side
 
 # Batched and one-by-one matrix products add in another order: float32 rounding of logits and sums of size 1 to 30.
 ROUNDING = 1e-5

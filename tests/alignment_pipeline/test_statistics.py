@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 
-from alignment_pipeline.statistics import mean, standard_error, wilson_interval, win_rate
+from alignment_pipeline.statistics import mean, paired_difference, standard_error, wilson_interval, win_rate
 
 ROUNDING = 1e-12  # a few operations in double precision on numbers up to 1
 
@@ -53,3 +53,12 @@ def test_the_standard_error_is_the_standard_librarys() -> None:
     expected = statistics.stdev(values) / math.sqrt(len(values))
     assert standard_error(values) == pytest.approx(expected, abs=ROUNDING)
     assert standard_error([3.0]) == 0.0
+
+
+def test_a_paired_difference_is_of_the_same_prompts() -> None:
+    # Differences 1, 2 and 3: mean 2, standard deviation 1, standard error 1 / sqrt(3).
+    centre, low, high = paired_difference([11.0, 102.0, 1003.0], [10.0, 100.0, 1000.0])
+    assert centre == 2
+    assert (high - centre, centre - low) == pytest.approx((1.959964 / math.sqrt(3),) * 2, abs=1e-6)
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([1.0, 2.0], [1.0])

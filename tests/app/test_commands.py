@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from app.recipes import all_recipes
+from app.results import load_results, print_results
 from resources.lineage.index import Lineage
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TRACKED = {
     "base_model", "sft_model", "reward_model", "dpo_policy", "ppo_policy",
-    "base_evaluation", "sft_evaluation", "dpo_evaluation", "ppo_evaluation",
+    "base_evaluation", "sft_evaluation", "dpo_evaluation", "ppo_evaluation", "decoding_sweep",
 }  # fmt: skip
 
 
@@ -36,9 +38,9 @@ def test_a_second_run_reuses_everything_and_shows_the_same_results(
     (first,) = records(copy_of_home)
     done = align(copy_of_home, "run", "smoke")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "17 of 17 assets reused" in done.stdout and "smoke: 24 test prompts" in done.stdout
+    assert "18 of 18 assets reused" in done.stdout and "smoke: 24 test prompts" in done.stdout
     second = records(copy_of_home)[-1]
-    assert versions(second) == versions(first) and len(versions(second)) == 17
+    assert versions(second) == versions(first) and len(versions(second)) == 18
     assert (second["status"], second["started_by"]) == ("success", "align")
     assert half_written(copy_of_home) == []
 
@@ -55,13 +57,53 @@ def test_results_as_json_and_as_a_table(smoke_home: Path, align: Run) -> None:
     assert all(policy in shown for policy in ("base_model", "ppo_policy", "gold score"))
 
 
+def test_results_tell_what_each_policy_changed_and_what_decoding_does(smoke_home: Path, align: Run) -> None:
+    shown = align(smoke_home, "results", "smoke", env={"COLUMNS": "110"}).stdout
+    (found,) = json.loads(align(smoke_home, "results", "smoke", "--json").stdout)
+    before, after = found["policies"][:2]
+    change = f"{after['bleu_change']:+.1f} [{after['bleu_change_low']:+.1f}, {after['bleu_change_high']:+.1f}]"
+    line = next(line for line in shown.splitlines() if line.startswith("  sft_model from base_model"))
+    assert line.split("base_model")[1].split() == [
+        "BLEU", f"{before['bleu']:.1f}", f"{after['bleu']:.1f}", *change.split()
+    ]  # fmt: skip
+    assert "ppo_policy from sft_model" in shown and "base_model from" not in shown
+    assert "smoke: decoding of sft_model, 6 test prompts, judge: gold score" in shown
+    assert [row["setting"] for row in found["decoding"]["table"]] == [
+        "greedy", "temperature 1", "temperature 1, top-p 0.9", "beams 2"
+    ]  # fmt: skip
+    assert all(f"  {row['setting']} " in shown for row in found["decoding"]["table"])
+    assert max(map(len, shown.splitlines())) <= 110 and "…" not in shown
+
+
+def test_a_comparison_that_counted_no_changes_and_has_no_sweep_is_shown_all_the_same(
+    copy_of_home: Path, align: Run
+) -> None:
+    results = load_results(copy_of_home, "smoke")
+    older = [{name: cell for name, cell in row.items() if "change" not in name} for row in results["policies"]]
+    console = Console(record=True, width=110)
+    print_results(console, results | {"policies": older, "decoding": None})
+    shown = console.export_text()
+    assert "win rate" in shown and "Changes" not in shown and "decoding of" not in shown
+
+
 def test_recipes_are_listed_with_their_size(tmp_path: Path, align: Run) -> None:
     shown = align(tmp_path / "home", "recipes").stdout
     for recipe in all_recipes():
         assert recipe.name in shown
     (row,) = [line for line in shown.splitlines() if " smoke " in line]
-    assert "17" in row
+    assert "18" in row
     assert not (tmp_path / "home").exists(), "looking creates nothing"
+
+
+def test_chat_decodes_as_it_is_told(smoke_home: Path, align: Run) -> None:
+    def answers(*options: str) -> str:
+        done = align(smoke_home, "chat", "smoke", "sft_model", "--max-new-tokens", "8", *options, input="Reverse x.\n")
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return done.stdout
+
+    sampled = answers("--temperature", "1", "--top-k", "40", "--top-p", "0.9", "--min-new-tokens", "4")
+    beams = answers("--beams", "3", "--repetition-penalty", "1.5")
+    assert len({answers(), sampled, beams}) == 3
 
 
 def test_chat_answers_each_line_and_the_same_way_each_time(smoke_home: Path, align: Run) -> None:
@@ -166,6 +208,6 @@ def test_after_a_run_the_index_knows_its_end_all_its_assets_and_its_comparison(c
     (run,) = lineage.query(
         "SELECT status, (SELECT count(*) FROM run_assets a WHERE a.run_id = r.run_id) AS n FROM runs r"
     )
-    assert run == {"status": "success", "n": 17}
+    assert run == {"status": "success", "n": 18}
     rows = lineage.query("SELECT DISTINCT policy FROM latest_comparison WHERE recipe = 'smoke'")
     assert {row["policy"] for row in rows} == {"base_model", "sft_model", "ppo_policy", "dpo_policy"}

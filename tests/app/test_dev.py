@@ -84,7 +84,7 @@ def test_the_web_ui_shows_the_recipes_and_the_runs_of_the_command_line(
             for node in data["assetNodes"]
         }
         run_id = run_file.stem
-        assert len([key for key in made_by if key[0] == "smoke"]) == 17
+        assert len([key for key in made_by if key[0] == "smoke"]) == 18
         assert all(runs == [run_id] for key, runs in made_by.items() if key[0] == "smoke")
         assert ("tiny", "sft_model") in made_by
         assert {"runId": run_id, "status": "SUCCESS", "jobName": "smoke"} in data["runsOrError"]["results"]

@@ -42,7 +42,7 @@ def test_a_changed_dpo_learning_rate_makes_anew_what_depends_on_it_and_reverting
     before = said(align(copy_of_home, "run", "smoke", "--explain", "--dry-run", *change))
     assert before["dpo_policy"] == ("compute", "dpo.learning_rate 0.001 → 0.002")
     assert (of(before, "compute"), of(before, "undecided")) == ({"dpo_policy"}, {"dpo_evaluation", "comparison"})
-    assert of(before, "reuse") == before.keys() - OF_DPO and len(before) == 17
+    assert of(before, "reuse") == before.keys() - OF_DPO and len(before) == 18
     assert before["dpo_evaluation"][1] == (
         "reads dpo_policy, which is made anew; reused if what it reads comes out the same"
     )
@@ -60,7 +60,7 @@ def test_a_changed_dpo_learning_rate_makes_anew_what_depends_on_it_and_reverting
     assert {asset for asset, (_, why) in reverted.items() if "not the current one" in why} == OF_DPO
     assert reverted["dpo_policy"][1].endswith("; not the current one: dpo.learning_rate 0.002 → 0.001")
     back = said(align(copy_of_home, "run", "smoke", "--explain"))
-    assert of(back, "reused") == back.keys() and len(back) == 17
+    assert of(back, "reused") == back.keys() and len(back) == 18
 
 
 def test_a_parent_that_is_made_anew_with_the_same_content_makes_nothing_below_it_anew(
@@ -110,7 +110,7 @@ def test_edited_code_makes_anew_what_uses_it_and_names_the_module(
     edit(checkout, "ppo/losses.py", "import torch\n", "import torch  # a comment\n")
     edit(checkout, "ppo/losses.py", '    """', '    """Edited. ')
     untouched = run("--dry-run")
-    assert of(untouched, "reuse") == untouched.keys() and len(untouched) == 17
+    assert of(untouched, "reuse") == untouched.keys() and len(untouched) == 18
 
     edit(checkout, "ppo/losses.py", "0.5 * torch.maximum", "0.6 * torch.maximum")
     before = run("--dry-run")

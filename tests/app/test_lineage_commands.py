@@ -62,14 +62,14 @@ def test_a_damaged_index_offers_a_rebuild_that_gives_the_same_rows(copy_of_home:
     assert refused.returncode == 1 and "`align lineage rebuild` makes it again" in refused.stderr
     assert "Traceback" not in refused.stderr
     rebuilt = align(copy_of_home, "lineage", "rebuild")
-    assert rebuilt.returncode == 0 and f"17 artifacts, content {whole[:16]}" in rebuilt.stdout
+    assert rebuilt.returncode == 0 and f"18 artifacts, content {whole[:16]}" in rebuilt.stdout
     assert lineage.content_sha256() == whole
 
 
 def test_sql_is_answered_in_json_lines_and_cannot_write(smoke_home: Path, align: Run) -> None:
     shown = align(smoke_home, "lineage", "sql", "SELECT stage, count(*) AS n FROM artifacts GROUP BY ALL ORDER BY ALL")
     rows = [json.loads(line) for line in shown.stdout.splitlines()]
-    assert rows[0] == {"stage": "base_model", "n": 1} and sum(row["n"] for row in rows) == 17
+    assert rows[0] == {"stage": "base_model", "n": 1} and sum(row["n"] for row in rows) == 18
     refused = align(smoke_home, "lineage", "sql", "DELETE FROM artifacts")
     assert refused.returncode == 1 and "cannot be answered" in refused.stderr
 

@@ -138,6 +138,21 @@ def test_results_before_any_run(align: Run, home: Path) -> None:
     assert "There is no run 'nope'" in one_message(align(home, "results", "--run", "nope"))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--beams", "5", "--temperature", "0.7"], "num_beams: found 5 with temperature 0.7, expected temperature 0"),
+        (["--top-k", "5"], "top_k: found 5 with temperature 0, which is greedy"),
+        (["--top-p", "1.5", "--temperature", "1"], "top_p: found 1.5 (a number), expected less than or equal to 1"),
+        (["--min-new-tokens", "65"], "min_new_tokens: found 65, expected at most max_new_tokens (64)"),
+        (["--repetition-penalty", "nan"], "repetition_penalty: found nan (a number), expected a finite number"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_chat_with_settings_that_cannot_be(align: Run, home: Path, options: list[str], expected: str) -> None:
+    assert expected in one_message(align(home, "chat", "smoke", "sft_model", *options))
+
+
 def test_chat_with_a_policy_that_does_not_exist(align: Run, home: Path) -> None:
     message = one_message(align(home, "chat", "smoke", "gpt4"))
     assert "smoke has no policy 'gpt4', expected one of: base_model, sft_model" in message

@@ -33,12 +33,15 @@ GRAPH = {
     "ppo_evaluation": (["formatted_dataset", "ppo_policy", "reward_model", "sft_model"], True),
     "dpo_evaluation": (["dpo_policy", "formatted_dataset", "reward_model", "sft_model"], True),
     "comparison": (["base_evaluation", "dpo_evaluation", "ppo_evaluation", "sft_evaluation"], False),
+    "decoding_sweep": (["formatted_dataset", "reward_model", "sft_model"], True),
 }
 RETRAINED = {
     "human_preferences", "preference_pairs", "reward_model", "reference_logprobs", "dpo_policy", "ppo_policy",
-    "base_evaluation", "sft_evaluation", "ppo_evaluation", "dpo_evaluation", "comparison",
+    "base_evaluation", "sft_evaluation", "ppo_evaluation", "dpo_evaluation", "comparison", "decoding_sweep",
 }  # fmt: skip
-EVALUATED = {"base_evaluation", "sft_evaluation", "ppo_evaluation", "dpo_evaluation", "comparison"}
+EVALUATED = {
+    "base_evaluation", "sft_evaluation", "ppo_evaluation", "dpo_evaluation", "comparison", "decoding_sweep"
+}  # fmt: skip
 KINDS = {
     "table": {"instructions", "formatted_dataset", "preference_labels", "human_preferences", "preference_pairs",
               "comparison", "sampled_responses", "reference_logprobs", *EVALUATED},
@@ -172,6 +175,10 @@ TYPES = {
     ("sft", "lora_targets"): (["q_proj", "v_proj"], object()),
     ("data", "path"): (None, 3),
     ("evaluation", "judge"): ("reference_chrf", None),
+    ("evaluation", "top_p"): (0.5, "x"),
+    ("decoding", "temperatures"): ([0.0, 0.3], 0.3),
+    ("decoding", "top_ks"): ([3], ["x"]),
+    ("decoding", "policy"): ("dpo_policy", 3),
 }
 
 

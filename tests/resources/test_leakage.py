@@ -158,8 +158,9 @@ def test_a_table_that_cannot_be_read_is_no_proof_of_innocence(
         leak_check(store, inputs, evaluation(tmp_path))
 
 
-def test_an_evaluation_of_before_the_check_gets_it_when_it_is_read(store: ArtifactStore) -> None:
-    old = publish(store, "evaluation", "g", {"examples.jsonl": prompts(*EVALUATED)}, **family(store, pair="e2"))
+@pytest.mark.parametrize("stage", ["evaluation", "decoding_sweep"])
+def test_an_evaluation_of_before_the_check_gets_it_when_it_is_read(store: ArtifactStore, stage: str) -> None:
+    old = publish(store, stage, "g", {"examples.jsonl": prompts(*EVALUATED)}, **family(store, pair="e2"))
     assert store.manifest(old)["checks"] == []
     with pytest.raises(StoreError):
         with_leak_check(store, ArtifactRef("evaluation", "h" * 64, "0" * 64))

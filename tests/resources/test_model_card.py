@@ -222,6 +222,27 @@ def test_usage_is_that_of_the_artifacts_whatever_the_recipe_says(smoke_home: Pat
     assert "max_new_tokens=9, do_sample=True, temperature=0.3" in model_card(alone)
 
 
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9}, "max_new_tokens=24, do_sample=True, temperature=0.7, top_k=0, top_p=0.9"),
+        ({"top_k": 20, "repetition_penalty": 1.2}, "do_sample=True, temperature=1, top_k=20, repetition_penalty=1.2"),
+        ({"temperature": 0.0, "num_beams": 5}, "max_new_tokens=24, do_sample=False, num_beams=5"),
+        ({"temperature": 0.0, "min_new_tokens": 8}, "max_new_tokens=24, do_sample=False, min_new_tokens=8"),
+    ],
+)
+def test_usage_and_results_name_every_decoding_setting(
+    smoke_home: Path, settings: dict[str, Any], options: str
+) -> None:
+    record = record_of(smoke_home)
+    assert record.measured is not None
+    made = record.measured.evaluation
+    manifest = {**made.manifest, "config": {**made.manifest["config"], **settings}}
+    measured = dataclasses.replace(record.measured, evaluation=dataclasses.replace(made, manifest=manifest))
+    text = model_card(dataclasses.replace(record, measured=measured))
+    assert f"{options})" in section(text, "How to use it") and f"{options}`" in section(text, "Results")
+
+
 def test_hyperparameters_are_those_in_force_of_every_training_stage(smoke_home: Path) -> None:
     text = section(model_card(record_of(smoke_home)), "Hyperparameters")
     assert re.findall(r"^### (\w+)", text, re.MULTILINE) == ["base_model", "sft_model", "reward_model", "ppo_policy"]

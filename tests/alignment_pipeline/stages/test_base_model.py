@@ -209,6 +209,16 @@ except ModelError as error:
 """
 
 
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
 class TestHubModel:
     commit = "0123456789abcdef0123456789abcdef01234567"
 
@@ -232,7 +242,38 @@ class TestHubModel:
         output = tmp_path / "run" / "output"
         assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(output / "model")), logits_of(model))
         assert load_tokenizer(output).pad_token == "<pad>"
+        source = json.loads((output / "extras" / "source.json").read_text())
+        assert source == {"source": "hub tiny-owner/tiny-opt", "revision": None, "commit": self.commit}
         assert "snapshots" not in json.loads((output / "model" / "config.json").read_text()).get("_name_or_path", "")
+
+    def fill_cache(self, folder: Path, tiny_models: Any, weights: Any) -> Any:
+        """A repository in the cache that holds a pytorch_model.bin and no safetensors, as facebook/opt-350m's does."""
+        repository = folder / "hub home" / "hub" / "models--tiny-owner--tiny-opt"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(self.commit)
+        snapshot = repository / "snapshots" / self.commit
+        model = tiny_models.build("opt_projected")
+        model.save_pretrained(snapshot)
+        tiny_models.tokenizer.save_pretrained(snapshot)
+        (snapshot / "model.safetensors").unlink()
+        torch.save(weights(model), snapshot / "pytorch_model.bin")
+        return model
+
+    def test_a_repository_of_a_bin_alone_is_published_as_safetensors(self, tmp_path: Path, tiny_models: Any) -> None:
+        model = self.fill_cache(tmp_path, tiny_models, lambda model: model.state_dict())
+        assert self.run(tmp_path, "tiny-owner/tiny-opt") == ""
+        output = tmp_path / "run" / "output" / "model"
+        assert {path.suffix for path in output.iterdir()} <= {".safetensors", ".json", ".txt", ".jinja"}
+        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(output)), logits_of(model))
+
+    def test_a_bin_that_would_run_code_is_refused_and_runs_none(self, tmp_path: Path, tiny_models: Any) -> None:
+        canary = tmp_path / "canary"
+        self.fill_cache(tmp_path, tiny_models, lambda model: model.state_dict() | {"lm_head.weight": Trap(canary)})
+        message = self.run(tmp_path, "tiny-owner/tiny-opt")
+        assert message.startswith("ModelError: base_model: tiny-owner/tiny-opt cannot be loaded (there are no safetens")
+        assert "holds more than tensors" in message
+        assert not canary.exists()
+        assert not (tmp_path / "run" / "output" / "model").exists()
 
     def test_a_model_that_is_not_there_is_an_error_with_a_remedy(self, tmp_path: Path) -> None:
         message = self.run(tmp_path, "nobody/nothing")

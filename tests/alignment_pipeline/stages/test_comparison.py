@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ def examples(scores: list[float], prefix: str = "p", **values: Any) -> list[dict
     return [
         {"prompt_id": f"{prefix}{number}", "prompt": f"prompt {number}", "reference": "def f(x): return x",
          "response": f"response {number}", "judge": "gold_rule", "judge_score": score, "learned_score": None,
-         "kl_nats": 1.0, "tokens": 3, "ended": True, "temperature": 1.0} | values
+         "kl_nats": 1.0, "tokens": 3, "ended": True, "temperature": 1.0, "decoding": "temperature 1"} | values
         for number, score in enumerate(scores)
     ]  # fmt: skip
 
@@ -56,6 +57,39 @@ def test_a_win_rate_is_over_paired_prompts_with_ties_counted_half(tmp_path: Path
     assert {row["judge"] for row in table.values()} == {"gold_rule"}
 
 
+def test_a_policys_scores_are_compared_with_those_of_the_model_before_it_prompt_by_prompt(tmp_path: Path) -> None:
+    base, sft, ppo = [0.0, 0.1, 0.0], [0.5, 0.5, 0.2], [0.9, 0.9, 0.6]
+    right, wrong = "def f(x): return x", "x"
+    _, output = compare(
+        tmp_path, base_model=examples(base, response=wrong, learned_score=1.0),
+        sft_model=examples(sft, response=right, learned_score=3.0),
+        ppo_policy=examples(ppo, response=right, learned_score=2.0),
+    )  # fmt: skip
+    table = table_of(output)
+    assert [row["changed_from"] for row in table.values()] == [None, "base_model", "sft_model"]
+    names = [f"{name}_change{bound}" for name in ("bleu", "judge", "learned") for bound in ("", "_low", "_high")]
+    assert {table["base_model"][name] for name in names} == {None}
+    gained = table["ppo_policy"]
+    # Every prompt gained 0.4 by the judge: the scores vary, their differences do not.
+    assert [gained[f"judge_change{bound}"] for bound in ("", "_low", "_high")] == pytest.approx([0.4] * 3, abs=EXACT)
+    assert [gained[f"learned_change{bound}"] for bound in ("", "_low", "_high")] == [-1.0] * 3
+    assert [gained[f"bleu_change{bound}"] for bound in ("", "_low", "_high")] == [0.0] * 3
+    assert table["sft_model"]["bleu_change"] == pytest.approx(
+        table["sft_model"]["bleu"] - table["base_model"]["bleu"], abs=EXACT
+    )
+    assert table["sft_model"]["judge_change"] == pytest.approx(1.1 / 3, abs=EXACT)
+    assert table["sft_model"]["judge_change_low"] == pytest.approx(
+        1.1 / 3 - 1.96 * stdev([0.5, 0.4, 0.2]) / 3**0.5, abs=1e-4
+    )
+
+
+def test_without_learned_scores_nothing_is_said_of_their_change(tmp_path: Path) -> None:
+    _, output = compare(tmp_path, base_model=examples([0.1, 0.2]), dpo_policy=examples([0.5, 0.6]))
+    row = table_of(output)["dpo_policy"]
+    assert (row["changed_from"], row["learned_change"], row["learned_change_low"]) == ("base_model", None, None)
+    assert row["judge_change"] == pytest.approx(0.4, abs=EXACT)
+
+
 def test_without_an_sft_model_the_base_model_is_the_opponent(tmp_path: Path) -> None:
     result, output = compare(tmp_path, base_model=examples([0.1, 0.2]), dpo_policy=examples([0.5, 0.6]))
     assert {row["opponent"] for row in table_of(output).values()} == {"base_model"}
@@ -71,7 +105,7 @@ def test_policies_measured_on_other_prompts_are_not_compared(tmp_path: Path) -> 
         compare(tmp_path, base_model=examples([0.1, 0.2], prefix="q"), sft_model=examples([0.1, 0.2]))
 
 
-@pytest.mark.parametrize("other", [{"temperature": 0.0}, {"judge": "reference_chrf"}], ids=str)
+@pytest.mark.parametrize("other", [{"decoding": "beams 5"}, {"judge": "reference_chrf"}], ids=str)
 def test_policies_measured_in_other_ways_are_not_compared(tmp_path: Path, other: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=f"have different {next(iter(other))} values"):
         compare(tmp_path, sft_model=examples([0.1]), base_model=examples([0.1]), ppo_policy=examples([0.1], **other))

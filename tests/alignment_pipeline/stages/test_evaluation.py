@@ -9,10 +9,13 @@ import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from alignment_pipeline.classifier import ClassifierScorer
+from alignment_pipeline.decoding import respond
 from alignment_pipeline.errors import ModelError
 from alignment_pipeline.identity import read_jsonl
+from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.stages.evaluation import evaluate_policy, exact_kl, summarize
+from alignment_pipeline.tokenization import encode
 
 PROMPTS = [[7, 12, 250, 33], [91], [18, 5, 77, 42, 9, 130, 131]]
 RESPONSES = [[44, 45, 1], [99, 98, 97, 96, 95, 1], [3]]
@@ -152,3 +155,29 @@ def test_a_summary_of_hand_made_rows() -> None:
     assert "eval/learned_score" not in metrics
     assert summarize([row(same), row(same)])["eval/bleu"] == pytest.approx(100, abs=1e-9)  # double precision
     assert summarize([row(same, learned_score=1.0), row(same, learned_score=2.0)])["eval/learned_score"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "temperature 1, up to 8 tokens"),
+        ({"top_k": 3, "repetition_penalty": 1.5}, "temperature 1, top-k 3, repetition penalty 1.5, up to 8 tokens"),
+        ({"temperature": 0.0, "num_beams": 3, "min_new_tokens": 5}, "beams 3, at least 5 tokens, up to 8 tokens"),
+    ],
+    ids=["sampled", "top-k", "beams"],
+)
+def test_an_evaluation_decodes_as_its_settings_say_and_records_them(
+    smoke: Any, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    spec = smoke.spec("ppo_evaluation", tmp_path, prompts=6, max_new_tokens=8, **changes)
+    evaluate_policy(spec, ProgressLog(tmp_path / "progress.jsonl"))
+    rows = read_jsonl(spec.output_dir / "examples.jsonl")
+    tokenizer = load_tokenizer(spec.inputs["trunk"])
+    policy = load_policy(spec.inputs["policy"], spec.inputs["trunk"])
+    prompts = encode(tokenizer, [row["prompt"] for row in rows])
+    expected = respond(policy, tokenizer, prompts, spec.config, batch_size=128, seed=0)
+    assert [row["response"] for row in rows] == [response.text for response in expected]
+    assert {row["decoding"] for row in rows} == {words}
+    kl = exact_kl(policy, load_policy(spec.inputs["trunk"], spec.inputs["trunk"]), prompts,
+                  [response.token_ids for response in expected], tokenizer.pad_token_id, 128)  # fmt: skip
+    assert [row["kl_nats"] for row in rows] == pytest.approx(kl, abs=ROUNDING)

@@ -95,6 +95,33 @@ def test_rows_are_put_into_the_template_and_completions_end_with_eos(tmp_path: P
     assert next(read_progress(tmp_path / "progress.jsonl"))["step"] == 30
 
 
+def test_a_preference_keeps_its_rejected_response_as_the_template_begins_responses(
+    tmp_path: Path, tokenizer_artifact: Path
+) -> None:
+    rows = [each | {"rejected": "no idea"} for each in ROWS]
+    _, output = format_rows(tmp_path, tokenizer_artifact, rows, template="human_assistant")
+    tokenizer = load(tokenizer_artifact)
+    made = read_jsonl(output / "train.jsonl")
+    first = next(each for each in ROWS if each["split"] == "train")
+    assert made[0]["prompt"].startswith("\n\nHuman: ") and made[0]["prompt"].endswith("\n\nAssistant:")
+    assert (made[0]["completion"], made[0]["reference"]) == (f" {first['output']}{EOS}", first["output"])
+    assert {each["rejected"] for each in made} == {" no idea"}
+    with_end = tokenizer.encode(f" no idea{EOS}", add_special_tokens=False)
+    assert {each["rejected_tokens"] for each in made} == {len(with_end)}
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["template"] == {"name": "human_assistant", "chat_template_sha256": None}
+
+
+def test_a_preference_is_dropped_for_what_either_response_holds(tmp_path: Path, tokenizer_artifact: Path) -> None:
+    rows = [each | {"rejected": "no"} for each in ROWS]
+    train = [number for number, each in enumerate(rows) if each["split"] == "train"]
+    rows[train[0]]["rejected"] = f"before {EOS} after"
+    rows[train[1]]["rejected"] = "very " * 200
+    _, output = format_rows(tmp_path, tokenizer_artifact, rows, max_tokens=200)
+    dropped = {each["id"]: each["reason"] for each in read_jsonl(output / "dropped.jsonl")}
+    assert dropped == {rows[train[0]]["id"]: "contains_eos", rows[train[1]]["id"]: "over_max_tokens"}
+
+
 def test_long_rows_and_rows_that_hold_the_eos_text_are_dropped_with_their_reason(
     tmp_path: Path, tokenizer_artifact: Path
 ) -> None:

@@ -32,10 +32,10 @@ from alignment_pipeline.models import head_names, with_adapter
 from alignment_pipeline.preferences import PreferencePair, make_pair
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.reward import Preference, RewardScorer
-from alignment_pipeline.sequences import encode
 from alignment_pipeline.stage import StageResult, StageSpec
 from alignment_pipeline.stages.ppo_policy import train_ppo
 from alignment_pipeline.stages.reward_model import train_reward_model
+from alignment_pipeline.tokenization import encode
 
 # A merged adapter computes W + s·BA once, and rows are batched otherwise: float32, scores of size 1.
 ROUNDING = 1e-4

@@ -209,8 +209,8 @@ def test_a_row_lost_on_the_way_fails_the_blocking_check(tmp_path: Path, monkeypa
 def test_hub_rows_are_sifted_like_any_other_and_their_commit_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(name: str, revision: str | None, split: str) -> tuple[Iterator[Chunk], str]:
-        assert (name, revision, split) == ("owner/name", "v1", "train")
+    def read(*wanted: str | None) -> tuple[Iterator[Chunk], str]:
+        assert wanted == ("owner/name", "v1", "train", None, None)
         values = [*GOOD, {"instruction": "a", "input": None, "output": None}]  # the hub fills a missing key with null
         return value_chunks(values), "c0ffee"
 
@@ -337,7 +337,7 @@ def test_texts_that_differ_in_case_and_whitespace_only_fall_in_one_split(tmp_pat
 
 
 def test_a_text_field_that_no_row_has_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'missing_key': 200.*expected JSON objects with a text .* in review"):
+    with pytest.raises(DataError, match=r"'missing_key': 200.*expected records with a text .* in review"):
         ingest_texts(tmp_path, [{"text": text} for text in TEXTS])
 
 
@@ -412,7 +412,7 @@ def test_tables_are_byte_for_byte_those_of_a_second_implementation(
     content = b"[" + b",".join(lines) + b"]" if source == "array" else b"\n".join(lines)
     path.write_bytes(gzip.compress(content) if source == "compressed" else content)
     monkeypatch.setattr(rows_module, "CHUNK_BYTES", 10_000)
-    monkeypatch.setattr(rows_module, "_CHUNK_VALUES", 150)
+    monkeypatch.setattr(rows_module, "CHUNK_VALUES", 150)
     monkeypatch.setattr(workers, "CHUNKS_DONE_HERE", chunks_done_here)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     hub = (value_chunks(map(json.loads, lines)), "c0ffee") if source == "hub" else None

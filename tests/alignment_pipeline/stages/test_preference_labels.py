@@ -18,6 +18,9 @@ from alignment_pipeline.world.gold import judge_response
 WORLD = generate_rows(20, 0)
 GOLD = WORLD[0]["output"]
 REFERENCE = "abcdefgh"
+ANSWER = f" {REFERENCE}"
+"""The dataset's answer as a completion begins, in a template that puts a space before it."""
+
 CUT = "…"
 """Marks a sample that did not come to its end."""
 
@@ -33,7 +36,8 @@ def label(
         rows.append(
             {"prompt_id": identity, "prompt": format_prompt(world["instruction"], world["input"]),
              "instruction": world["instruction"], "input": world["input"],
-             "reference": world["output"] if method == "gold_rule" else REFERENCE}
+             "reference": world["output"] if method == "gold_rule" else REFERENCE,
+             "completion": f" {REFERENCE}</s>", "rejected": f" not {number}"}
         )  # fmt: skip
         samples += [
             {"prompt_id": identity, "sample": n, "response": text.removesuffix(CUT), "ended": not text.endswith(CUT)}
@@ -94,11 +98,19 @@ def test_chrf_prefers_the_sample_closer_to_the_reference(tmp_path: Path) -> None
 
 
 def test_the_datasets_answer_is_preferred_to_every_sample_and_is_of_the_dataset(tmp_path: Path) -> None:
-    _, pairs, summary = label(tmp_path, "dataset_answer", ["zzzz", REFERENCE, "", "yyyy"])
-    assert texts(pairs) == [(REFERENCE, "zzzz"), (REFERENCE, "yyyy")]
+    _, pairs, summary = label(tmp_path, "dataset_answer", ["zzzz", ANSWER, "", "yyyy"])
+    assert texts(pairs) == [(ANSWER, "zzzz"), (ANSWER, "yyyy")]
     assert {(pair["source"], pair["labeller"]) for pair in pairs} == {("dataset", "dataset_answer")}
     assert {(pair["chosen_score"], pair["rejected_score"]) for pair in pairs} == {(None, None)}
     assert summary["dropped"] == {"identical": 1, "empty": 1}
+
+
+def test_rows_that_are_pairs_need_no_samples_and_all_count(tmp_path: Path) -> None:
+    _, pairs, summary = label(tmp_path, "dataset_pair", [], [], pairs_per_prompt=1)
+    assert texts(pairs) == [(ANSWER, " not 0"), (ANSWER, " not 1")]
+    assert {(pair["source"], pair["labeller"]) for pair in pairs} == {("dataset", "dataset_pair")}
+    assert all(pair["chosen_ended"] and pair["rejected_ended"] for pair in pairs)
+    assert summary == {"pairs": 2, "labeller": "dataset_pair", "dropped": {}}
 
 
 def test_a_prompt_makes_so_many_pairs_at_most_the_ones_furthest_apart(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import (
     DistilBertConfig,
@@ -296,11 +297,14 @@ class TestGiven:
         with pytest.raises(ModelError, match=r"reward_classifier: .*given .*expected a folder with config\.json"):
             prepare(tmp_path / "run", path=str(given))
 
-    def test_weights_in_a_format_that_can_run_code_are_refused(self, tmp_path: Path, given: Path, model: Any) -> None:
+    def test_weights_in_a_bin_of_tensors_alone_are_published_as_safetensors(
+        self, tmp_path: Path, given: Path, model: Any
+    ) -> None:
         (given / "model.safetensors").unlink()
         torch.save(model.state_dict(), given / "pytorch_model.bin")
-        with pytest.raises(ModelError, match=r"expected a folder with .* safetensors"):
-            prepare(tmp_path / "run", path=str(given))
+        prepare(tmp_path / "run", path=str(given))
+        published = load_file(tmp_path / "run" / "output" / "model" / "model.safetensors")
+        assert all(torch.equal(published[name], tensor) for name, tensor in model.state_dict().items())
 
     def test_a_folder_without_a_tokenizer_is_refused(self, tmp_path: Path, given: Path) -> None:
         for file in given.glob("tokenizer*"):

@@ -11,8 +11,8 @@ from alignment_pipeline.preferences import make_pair
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.reward import score_responses
 from alignment_pipeline.reward_report import length_baseline_accuracy
-from alignment_pipeline.sequences import encode, encode_side
 from alignment_pipeline.statistics import win_rate
+from alignment_pipeline.tokenization import encode, encode_side
 
 
 def test_the_published_scorer_has_the_reported_accuracy(smoke: Any) -> None:

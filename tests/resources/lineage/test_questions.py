@@ -76,6 +76,25 @@ def test_a_win_rate_is_followed_to_its_examples_models_settings_and_rows(home: P
     assert (rows["kind"], rows["count"]) == ("preference_pair", len(pairs))
 
 
+def test_a_change_is_followed_to_the_evaluations_on_both_sides_of_it(home: Path, lineage: Lineage) -> None:
+    table = {row["policy"]: row for row in read_jsonl(folder(home, "comparison") / "table.jsonl")}
+    for policy, evaluations in (
+        ("sft_model", {"base_evaluation", "sft_evaluation"}),
+        ("ppo_policy", {"sft_evaluation", "ppo_evaluation"}),
+    ):
+        answer = why(lineage, "smoke", "learned_change", policy)
+        row = table[policy]
+        assert answer["value"] == row["learned_change"]
+        assert answer["interval"] == [row["learned_change_low"], row["learned_change_high"]]
+        named = {made["asset"] for made in answer["artifacts"].values()}
+        assert {asset for asset in named if asset.endswith("_evaluation")} == evaluations
+
+
+def test_the_index_knows_how_an_evaluations_responses_were_decoded(lineage: Lineage) -> None:
+    rows = lineage.query("SELECT DISTINCT temperature, decoding FROM evaluation_examples")
+    assert rows == [{"temperature": 1.0, "decoding": "temperature 1, up to 24 tokens"}]
+
+
 def test_all_ids_are_listed_on_request(home: Path, lineage: Lineage) -> None:
     answer = why(lineage, "smoke", "eval/token_accuracy", all_ids=True)
     made = answer["artifacts"][answer["artifact"]]
