@@ -53,6 +53,7 @@ _LICENSED = {
     "data": "the data",
     "base_model": "the base model",
     "reward_classifier": "the reward classifier (or the text that it was trained on)",
+    "reward_model": "the model that the reward model was trained from",
 }
 
 

@@ -301,7 +301,8 @@ def _licences(recipe: Recipe, overrides: list[str], lineage: Mapping[str, Made])
     graph = build_graph(recipe)
     changed = {override.partition("=")[0] for override in overrides}
     found: dict[str, str | None] = {}
-    for asset in "instructions", "base_model", "reward_classifier":
+    own = recipe.reward_model is not None and recipe.reward_model.is_given
+    for asset in "instructions", "base_model", "reward_classifier", *(("reward_model",) if own else ()):
         # A base model that read instructions was built from them.
         if asset in lineage and asset in graph and "instructions" not in lineage[asset].manifest["inputs"]:
             node = graph[asset]

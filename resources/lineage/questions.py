@@ -31,7 +31,13 @@ _FROM_EXAMPLES = {
     "eval/eos_rate": "ended::DOUBLE",
 }
 """Metrics that are means over an evaluation's examples, and what is averaged."""
-_RATES = frozenset({"eval/eos_rate"})
+_FROM_PAIRS = {
+    "reward/held_out_accuracy": "(sign(margin) + 1) / 2",
+    "reward/held_out_margin": "margin",
+    "reward/shuffled_prompt_accuracy": "(sign(shuffled_chosen_score - shuffled_rejected_score) + 1) / 2",
+}
+"""Metrics that are means over a reward model's held-out pairs, and what is averaged; ties count half."""
+_RATES = frozenset({"eval/eos_rate", "reward/held_out_accuracy", "reward/shuffled_prompt_accuracy"})
 
 
 def why(
@@ -49,7 +55,7 @@ def why(
 
     Returns:
         `metric`, `policy`, `value`, `interval` (95%, or None), `artifact`, `examples` (the rows the number was computed
-        from, counted and averaged again in SQL; None where they are not rows of an evaluation), and `artifacts`: id →
+        from, counted and averaged again in SQL; None where they are rows of no table), and `artifacts`: id →
         asset, settings, code, environment, inputs, and the rows it was trained on.
 
     Raises:
@@ -283,14 +289,22 @@ def _examples(connection: Connection, number: Answer) -> Answer | None:
             [number["artifact_id"], number["policy"]],
         )[0]
     if number["artifact_id"].startswith("evaluation/"):
-        mean = _FROM_EXAMPLES.get(number["metric"], "NULL::DOUBLE")
-        return rows(
-            connection,
-            f"SELECT count(*) AS count, avg({mean}) AS recomputed, stddev_samp({mean}) / sqrt(count(*)) AS "
-            "standard_error FROM evaluation_examples WHERE artifact_id = ?",
-            [number["artifact_id"]],
-        )[0]
+        return _averaged(connection, number, "evaluation_examples", _FROM_EXAMPLES.get(number["metric"]))
+    if number["metric"] in _FROM_PAIRS:
+        found = _averaged(connection, number, "pair_scores", _FROM_PAIRS[number["metric"]])
+        return found if found["count"] else None
     return None
+
+
+def _averaged(connection: Connection, number: Answer, table: str, value: str | None) -> Answer:
+    """How many rows an artifact has in a table, and the mean of a value of them."""
+    mean = value or "NULL::DOUBLE"
+    return rows(
+        connection,
+        f"SELECT count(*) AS count, avg({mean}) AS recomputed, stddev_samp({mean}) / sqrt(count(*)) AS "
+        f"standard_error FROM {table} WHERE artifact_id = ?",
+        [number["artifact_id"]],
+    )[0]
 
 
 def _interval(connection: Connection, number: Answer, examples: Answer | None) -> list[float] | None:

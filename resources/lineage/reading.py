@@ -77,6 +77,14 @@ _ROLLOUTS = """
         "update": 'BIGINT', prompt_id: 'VARCHAR', prompt: 'VARCHAR', response: 'VARCHAR', score: 'DOUBLE',
         kl_nats: 'DOUBLE', tokens: 'BIGINT', ended: 'BOOLEAN'})
 """
+_PAIR_SCORES = """
+    INSERT INTO pair_scores
+    SELECT $artifact, id, prompt_id, chosen_score, rejected_score, margin, shuffled_chosen_score,
+           shuffled_rejected_score
+    FROM read_json($path, format = 'newline_delimited', hive_partitioning = false, columns = {
+        id: 'VARCHAR', prompt_id: 'VARCHAR', chosen_score: 'DOUBLE', rejected_score: 'DOUBLE', margin: 'DOUBLE',
+        shuffled_chosen_score: 'DOUBLE', shuffled_rejected_score: 'DOUBLE'})
+"""
 _TABLES: Mapping[str, tuple[tuple[str, str, Mapping[str, str | None]], ...]] = {
     "instructions": (("rows.jsonl", _ROWS, {}), ("quarantine.jsonl", _QUARANTINE, {})),
     "formatted_dataset": (
@@ -90,6 +98,7 @@ _TABLES: Mapping[str, tuple[tuple[str, str, Mapping[str, str | None]], ...]] = {
         ("train.jsonl", _PAIRS, {"split": "train"}),
         ("validation.jsonl", _PAIRS, {"split": "validation"}),
     ),
+    "reward_model": (("scores.jsonl", _PAIR_SCORES, {}),),
     "ppo_policy": ((f"{EXTRAS}/rollouts.jsonl", _ROLLOUTS, {}),),
     "evaluation": (("examples.jsonl", _EXAMPLES, {}),),
 }
@@ -97,8 +106,8 @@ _TABLES: Mapping[str, tuple[tuple[str, str, Mapping[str, str | None]], ...]] = {
 
 _OF_ARTIFACTS = (
     "artifact_inputs", "input_files", "artifact_files", "metrics", "results", "checks", "dataset_rows", "dropped_rows",
-    "formatted_prompts", "quarantined_rows", "preference_pairs", "rollouts", "evaluations",
-    "evaluation_examples", "comparison_rows",
+    "formatted_prompts", "quarantined_rows", "preference_pairs", "pair_scores", "rollouts",
+    "evaluations", "evaluation_examples", "comparison_rows",
 )  # fmt: skip
 _FROM_MANIFEST = (
     "code_version", "code", "config", "seed", "created_at", "wall_s", "git_commit", "device", "python", "packages",

@@ -259,6 +259,22 @@ ALTER TABLE evaluation_examples ADD COLUMN decoding VARCHAR; -- "temperature 0.7
 -- over", `source_line` is the row of the query's result.
 ALTER TABLE dataset_rows ADD COLUMN rejected VARCHAR;
 
+-- migration 3: held-out pairs as a reward model scores them
+-- rebuild
+
+-- One row a held-out pair of a `reward_model`. The shuffled scores are those of the responses to another pair's prompt,
+-- NULL where all held-out pairs have one prompt.
+CREATE TABLE pair_scores (
+    artifact_id             VARCHAR NOT NULL REFERENCES artifacts (artifact_id),
+    pair_id                 VARCHAR NOT NULL,
+    prompt_id               VARCHAR NOT NULL,
+    chosen_score            DOUBLE,
+    rejected_score          DOUBLE,
+    margin                  DOUBLE,  -- chosen_score - rejected_score
+    shuffled_chosen_score   DOUBLE,
+    shuffled_rejected_score DOUBLE
+);
+
 -- views
 
 -- Everything an artifact was made from, however far back; the shortest way counts. Read the other way round

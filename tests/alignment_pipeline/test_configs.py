@@ -13,6 +13,7 @@ from alignment_pipeline.configs import (
     DecodingSweepConfig,
     PpoConfig,
     RewardClassifierConfig,
+    RewardModelConfig,
     SftConfig,
     StageConfig,
 )
@@ -63,6 +64,20 @@ def test_a_classifier_counts_by_what_made_it() -> None:
     assert keyed(train_path="a", epochs=9) != keyed(train_path="a")
     assert RewardClassifierConfig(label="A", train_path="t").input_files() == {"train_path": Path("t")}
     assert RewardClassifierConfig(label="A", path="p").input_files() == {"source": Path("p")}
+
+
+def test_a_reward_model_counts_by_what_it_starts_from() -> None:
+    trunk = RewardModelConfig()
+    assert RewardModelConfig(path="a").keyed_values() == RewardModelConfig(path="b").keyed_values()
+    assert RewardModelConfig(hub_name="a/b").keyed_values() != RewardModelConfig(hub_name="a/c").keyed_values()
+    assert RewardModelConfig(hub_revision="unused").keyed_values() == trunk.keyed_values()
+    assert RewardModelConfig(max_tokens=9).keyed_values() != trunk.keyed_values()
+    assert (
+        RewardModelConfig(hub_name="a/b", license="mit").keyed_values()
+        == RewardModelConfig(hub_name="a/b").keyed_values()
+    )
+    assert RewardModelConfig(path="a").input_files() == {"source": Path("a")}
+    assert [config.is_given for config in (trunk, RewardModelConfig(path="a"))] == [False, True]
 
 
 def test_the_text_field_and_the_bounds_of_a_texts_length_count() -> None:

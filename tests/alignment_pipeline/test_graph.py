@@ -96,6 +96,12 @@ def test_without_a_reward_model_nothing_is_scored_by_one() -> None:
     assert not any("reward_model" in inputs for _, _, inputs in graph.values())
 
 
+def test_a_reward_model_that_starts_from_another_model_does_not_read_the_trunk() -> None:
+    graph = graph_of("reward_model.path=m")
+    assert {asset for asset in SMOKE if graph[asset] != SMOKE[asset]} == {"reward_model"}
+    assert graph["reward_model"][2] == {"pairs": "preference_pairs"}
+
+
 def test_a_reward_classifier_reads_nothing_and_stands_where_a_reward_model_would() -> None:
     graph = graph_of("reward_model=null", "reward_classifier={label: A, path: m}")
     assert set(graph) ^ set(SMOKE) == {"reward_classifier", "reward_model"}

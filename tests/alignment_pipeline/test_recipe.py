@@ -143,6 +143,14 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
             ["ppo.value_trunk=reward_model", "ppo.reward_function=rewards.py:reward"],
             "ppo.value_trunk: found reward_model, but PPO is not rewarded by a reward_model section",
         ),
+        (
+            ["ppo.value_trunk=reward_model", "reward_model.path=m"],
+            "ppo.value_trunk: found reward_model, which starts from a model of its own that cannot read the policy's",
+        ),
+        (
+            ["reward_model.path=m", "reward_model.hub_name=a/b"],
+            "reward_model: found both path and hub_name, expected one; set the other to null",
+        ),
         (["ppo.kl_target_nats=6", "ppo.kl_horizon=7"], "ppo.kl_horizon: found 7, expected at least rollout_batch_size"),
         (["ppo.reward_function=rewards"], "expected file.py:function"),
         (["evaluation=null"], "evaluation: missing, expected one beside sft and ppo and dpo, whose policy"),
@@ -175,6 +183,7 @@ def test_a_combination_that_cannot_work_is_refused_before_anything_runs(override
         ["data.world_rows=null", "data.path=rows.jsonl", "evaluation.judge=reference_chrf"],
         ["formatting.max_tokens=240", "sampling.max_new_tokens=120"],
         ["reward_model=null", "ppo.reward_function=rewards.py:reward"],
+        ["reward_model.hub_name=a/b", "reward_model.max_tokens=100", "ppo.value_trunk=separate"],
         ["ppo.microbatch_size=4", "ppo.max_new_tokens_min=24", "ppo.value_warmup_updates=2"],
         ["ppo.microbatch_size=2", "ppo.kl_target_nats=6", "ppo.kl_coef=0.01", "ppo.value_trunk=reward_model"],
         ["reward_model=null", "reward_classifier={label: A, path: m}", "evaluation.judge=reward_classifier"],

@@ -126,6 +126,11 @@ def add_pipeline(home: Path) -> dict[str, str]:
         home, "dpo_policy", "dpo",
         {"pairs": reference("preference_pairs", "pairs"), "trunk": reference("sft_model", "sft")}, seed=11,
     )  # fmt: skip
+    ids["reward"] = add_artifact(
+        home, "reward_model", "reward", {},
+        {"scores.jsonl": [{"id": "h2", "prompt_id": "p1", "chosen_score": 1.5, "rejected_score": 1, "margin": 0.5,
+                           "shuffled_chosen_score": None, "shuffled_rejected_score": None}]},
+    )  # fmt: skip
     rollout = {"prompt": "p", "response": UNICODE, "score": 0.5, "kl_nats": 0.1, "tokens": 3, "ended": True}
     ids["ppo"] = add_artifact(
         home, "ppo_policy", "ppo", {"trunk": reference("sft_model", "sft")},
@@ -163,7 +168,7 @@ def content_of(path: Path) -> str:
     """Hash of every row of every table, whatever order they were added in."""
     with duckdb.connect(str(path), read_only=True) as connection:
         tables = sorted(row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall())
-        assert len(tables) == 23
+        assert len(tables) == 24
         rows = {name: connection.execute(f"SELECT * FROM {name} ORDER BY ALL").fetchall() for name in tables}
     assert all(rows.values()), "a table that is empty here would hide what is not indexed"
     return hashlib.sha256(repr(rows).encode("utf-8")).hexdigest()
@@ -236,6 +241,9 @@ def test_each_part_of_an_artifact_is_found_in_its_table(home: Path, pipeline: di
     assert lineage.query("SELECT passed, blocking FROM checks") == [{"passed": True, "blocking": True}]
     assert lineage.query("SELECT update_number, prompt_id, response, score FROM rollouts") == [
         {"update_number": 1, "prompt_id": "p1", "response": UNICODE, "score": 0.5}
+    ]
+    assert lineage.query("SELECT pair_id, margin, shuffled_chosen_score FROM pair_scores") == [
+        {"pair_id": "h2", "margin": 0.5, "shuffled_chosen_score": None}
     ]
     assert lineage.query("SELECT row_id, prompt_id FROM formatted_prompts") == [
         {"row_id": "t1", "prompt_id": "beginning"}

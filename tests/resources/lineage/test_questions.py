@@ -115,6 +115,20 @@ def test_means_over_examples_come_out_again_in_sql(metric: str, lineage: Lineage
         assert low <= answer["value"] <= high
 
 
+@pytest.mark.parametrize("metric", ["held_out_accuracy", "held_out_margin", "shuffled_prompt_accuracy"])
+def test_means_over_held_out_pairs_come_out_again_in_sql(metric: str, lineage: Lineage) -> None:
+    answer = why(lineage, "smoke", f"reward/{metric}")
+    assert answer["policy"] == "reward_model" and answer["examples"]["count"] == 16
+    assert answer["examples"]["recomputed"] == pytest.approx(answer["value"])
+    low, high = answer["interval"]
+    assert low <= answer["value"] <= high
+
+
+def test_a_number_of_a_reward_model_that_is_no_mean_has_no_examples(lineage: Lineage) -> None:
+    answer = why(lineage, "smoke", "reward/calibration_error")
+    assert answer["examples"] is None and answer["interval"] is None
+
+
 def test_an_earlier_run_is_asked_for_by_its_id(home: Path, lineage: Lineage) -> None:
     first, second = runs(home)
     old, new = (why(lineage, "smoke", "kl_nats", "dpo_policy", run=run) for run in (first, second))

@@ -31,7 +31,7 @@ def use(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 
 def test_the_real_file_has_its_sections() -> None:
-    assert list(schema.SECTIONS) == ["1", "2", "views"]
+    assert list(schema.SECTIONS) == ["1", "2", "3", "views"]
     with duckdb.connect(":memory:") as connection:
         schema.create(connection)
         assert schema.is_current(connection)
