@@ -136,10 +136,10 @@ def _plot(spec: StageSpec[DecodingSweepConfig], table: list[dict[str, Any]], jud
         [row["setting"] for row in table],
         {
             "BLEU": exact("bleu"),
-            f"{judge_title} (95% interval)": [(row["judge_score"], 1.96 * row["judge_score_se"]) for row in table],
+            judge_title: [(row["judge_score"], 1.96 * row["judge_score_se"]) for row in table],
             "distinct-2": exact("distinct_2"),
             "tokens a response": exact("mean_tokens"),
             "repeated 4-grams": exact("repetition"),
         },
-        title=f"Decoding settings on {table[0]['prompts']} test prompts",
+        title=f"Decoding settings on {table[0]['prompts']} test prompts (lines on bars: 95% intervals)",
     )
