@@ -150,6 +150,8 @@ class Recipe(BaseModel):
 
     def _missing_stages(self) -> Iterable[str]:
         own_pairs = self.labelling and self.labelling.method == "dataset_pair"
+        if own_pairs and self.data.form != "preferences":
+            yield "labelling.method: found dataset_pair, but rows are no pairs; expected data.form preferences"
         if own_pairs and self.sampling:
             yield "sampling: found beside labelling.method dataset_pair, which uses no samples; expected null"
         policies = [name for name in ("sft", "ppo", "dpo") if getattr(self, name)]

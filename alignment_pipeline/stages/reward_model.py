@@ -18,7 +18,7 @@ from trl import RewardTrainer
 from alignment_pipeline import atomic, plots
 from alignment_pipeline.configs import RewardModelConfig
 from alignment_pipeline.errors import DataError
-from alignment_pipeline.given_model import give_padding_of_its_own, read_given_model
+from alignment_pipeline.given_model import give_padding_of_its_own, read_given_model, record_source
 from alignment_pipeline.identity import digest, write_jsonl
 from alignment_pipeline.limits import max_positions, positions_of
 from alignment_pipeline.models import (
@@ -75,6 +75,7 @@ def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> 
     metrics = _measure(spec, RewardScorer(trainer.model, encoder), pairs, kept, digest(rows["validation"]))
     if spec.config.is_given:
         save_model(merged(trainer.model), encoder.tokenizer, spec.output_dir)
+        record_source(spec.output_dir, _source(spec.config), spec.config.hub_revision)
     else:
         save_trained(trainer.model, encoder.tokenizer, spec.output_dir)
     steps = {"train/steps": float(trainer.state.global_step)}
@@ -88,14 +89,17 @@ def _start(spec: StageSpec[RewardModelConfig]) -> tuple[Any, RewardEncoder]:
         trunk = spec.inputs["trunk"]
         encoder = RewardEncoder.within(load_tokenizer(trunk), max_positions(trunk), config.max_tokens, own=False)
         return new_scorer(trunk / MODEL_FOLDER).to(spec.device), encoder
-    source = Path(config.path) if config.path is not None else str(config.hub_name)
     model, tokenizer = read_given_model(
-        "reward_model", source, config.hub_revision, AutoModelForSequenceClassification, new_head=True
+        "reward_model", _source(config), config.hub_revision, AutoModelForSequenceClassification, new_head=True
     )
     give_padding_of_its_own(model, tokenizer, spec.seed)
     turn_dropout_off(model)
     positions = positions_of(model.config.to_dict())
     return model.to(spec.device), RewardEncoder.within(tokenizer, positions, config.max_tokens, own=True)
+
+
+def _source(config: RewardModelConfig) -> Path | str:
+    return Path(config.path) if config.path is not None else str(config.hub_name)
 
 
 def _fitting(
