@@ -29,7 +29,6 @@ from alignment_pipeline.rows import CHUNK_VALUES, Chunk, Found, RawRow, Values, 
 _SETTINGS = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
     "threads": "1",
 }
 _spelled = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
