@@ -174,4 +174,4 @@ def _wider(known: str | None, other: str) -> str:
 
 def _sql_error(found: str, more: str = "") -> DataError:
     hint = f" ({more})" if more else ""
-    return DataError(f"data.sql: {found.rstrip('.')}; expected one SELECT over the table source{hint}.")
+    return DataError(f"data.sql: {found.rstrip('.!')}; expected one SELECT over the table source{hint}.")
