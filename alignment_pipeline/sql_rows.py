@@ -29,7 +29,6 @@ from alignment_pipeline.rows import CHUNK_VALUES, Chunk, Found, RawRow, Values, 
 _SETTINGS = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",
     "threads": "1",
 }
 _spelled = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
@@ -175,4 +174,4 @@ def _wider(known: str | None, other: str) -> str:
 
 def _sql_error(found: str, more: str = "") -> DataError:
     hint = f" ({more})" if more else ""
-    return DataError(f"data.sql: {found.rstrip('.')}; expected one SELECT over the table source{hint}.")
+    return DataError(f"data.sql: {found.rstrip('.!')}; expected one SELECT over the table source{hint}.")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
+from alignment_pipeline import sql_rows
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.row_files import read_chunks
 from alignment_pipeline.rows import Found, RawRow, parse_jsonl, value_chunks
@@ -90,7 +92,7 @@ def test_records_that_cannot_stand_in_a_table_are_bad_rows_with_the_line_of_the_
         ("SELECT * FROM 'secret.txt'", "secret.txt does not exist"),
         ("SELECT * FROM read_json('secret.txt')", "file system operations are disabled"),
         ("SELECT * FROM read_parquet('https://localhost/x')", "disabled|extension"),
-        ("SELECT * FROM records", "records does not exist"),  # a variable of Python here
+        ("SELECT * FROM variable", "variable does not exist"),  # DuckDB would find one of Python that holds a table
     ],
 )
 def test_what_is_not_one_select_over_the_source_is_an_error_of_one_line(
@@ -98,9 +100,9 @@ def test_what_is_not_one_select_over_the_source_is_an_error_of_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.txt").write_text('{"a": "secret"}')
-    records = [{"text": "x"}]
+    monkeypatch.setattr(sql_rows, "variable", pyarrow.table({"a": ["secret"]}), raising=False)
     with pytest.raises(DataError, match=expected) as caught:
-        query(tmp_path, records, sql)
+        query(tmp_path, [{"text": "x"}], sql)
     message = str(caught.value)
     assert message.startswith("data.sql: ") and "expected one SELECT over the table source" in message
     assert "\n" not in message
@@ -121,8 +123,8 @@ def test_names_of_columns_are_names_and_no_part_of_a_query(tmp_path: Path) -> No
 
 
 def test_a_record_longer_than_duckdb_takes_by_itself_is_read(tmp_path: Path) -> None:
-    records = [{"a": "x" * (17 << 20)}, {"a": "y"}]
-    assert query(tmp_path, records, "SELECT length(a) AS n FROM source") == [{"n": 17 << 20}, {"n": 1}]
+    records = [{"a": "x" * (40 << 20)}, {"a": "y"}]
+    assert query(tmp_path, records, "SELECT length(a) AS n FROM source") == [{"n": 40 << 20}, {"n": 1}]
 
 
 def test_nothing_stays_in_the_work_folder(tmp_path: Path) -> None:
