@@ -12,7 +12,7 @@ import pytest
 
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from resources.artifact_store import ArtifactRef, ArtifactStore, short_id
-from resources.leakage import CHECK
+from resources.leakage import CHECK, EVALUATING
 from resources.lineage.index import Lineage
 from resources.runs import RunRecords
 
@@ -98,13 +98,13 @@ def test_a_wrong_id_is_one_sentence(smoke_home: Path, align: Run, tmp_path: Path
 def test_evaluations_of_before_the_leak_check_are_reused_and_get_it(copy_of_home: Path, align: Run) -> None:
     store = ArtifactStore(copy_of_home)
     for ref in store.all():
-        if ref.stage == "evaluation":
+        if ref.stage in EVALUATING:
             manifest = store.manifest(ref)
             manifest["checks"] = [check for check in manifest["checks"] if check["name"] != CHECK]
             (store.path(ref) / "manifest.json").write_text(json.dumps(manifest))
     assert "18 of 18 assets reused" in done_well(align(copy_of_home, "run", "smoke"))
     log = max((copy_of_home / "runs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    assert log.read_text().count(f"Asset check '{CHECK}' on") == 4
+    assert log.read_text().count(f"Asset check '{CHECK}' on") == 5  # four policies and the sweep
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ def test_the_nightly_tick_requests_a_run_that_evaluates_and_reuses_what_has_not_
     assert result.success
     assert materialized(result) == {
         "base_evaluation", "sft_evaluation", "ppo_evaluation", "dpo_evaluation", "comparison",
+        "decoding_sweep",
     }  # fmt: skip
     record = RunRecords(shared.home).read(result.run_id)
     assert all(asset["reused"] for asset in record["assets"].values())
