@@ -203,7 +203,7 @@ class Recipe(BaseModel):
                 if section is not None
             ]
             longest = max(
-                self.formatting.max_tokens, *(self.formatting.max_prompt_tokens + tokens for tokens in responses)
+                [self.formatting.max_tokens, *(self.formatting.max_prompt_tokens + tokens for tokens in responses)]
             )
             if longest > base.max_positions:
                 yield (
