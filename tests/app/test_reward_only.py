@@ -19,7 +19,7 @@ base_model:
 formatting: {max_prompt_tokens: 60, max_tokens: 100}
 labelling: {method: dataset_pair}
 pairs: {validation_fraction: 0.3}
-reward_model: {method: full, learning_rate: 1e-2, batch_size: 8, epochs: 20, max_steps: 40}
+reward_model: {method: full, learning_rate: 1e-2, batch_size: 8, epochs: 20, max_steps: 40, max_tokens: 30}
 """
 
 
@@ -28,6 +28,8 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "judging.yaml").write_text(RECIPE)
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n} yes", "rejected": f"{n} no!"} for n in range(60)]
+    long = " ".join("abcdefghijklmnopqrstuvwxy")
+    rows += [{"prompt": f"Say {n} at length.", "chosen": f"{n} yes {long}", "rejected": "no"} for n in range(9)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -68,9 +70,19 @@ def test_results_are_the_table_and_as_json_its_numbers(made: tuple[Path, str], e
         assert (found["recipe"], found["asset"]) == ("judging", "reward_model")
         assert [row["scorer"] for row in found["table"]] == ["reward model", "length alone", "shuffled prompts"]
         assert found["table"][0]["accuracy"] == found["metrics"]["reward/held_out_accuracy"] > 0.9
-        assert found["pairs"]["dropped"] == 0
+        assert found["pairs"]["dropped"] > 0
     artifact = home / "artifacts" / found["artifact"]
+    assert sum(1 for _ in (artifact / "dropped.jsonl").open()) == found["pairs"]["dropped"]
     assert {path.name for path in (artifact / "extras").glob("*.png")} >= {"calibration.png", "margins.png"}
+
+
+def test_a_pair_that_was_too_long_is_not_learned_from(made: tuple[Path, str], align: Run) -> None:
+    statement = (
+        "SELECT count(*) AS learned, count(*) FILTER (pairs.prompt LIKE '%at length%') AS too_long FROM training_rows "
+        "JOIN preference_pairs AS pairs ON pairs.pair_id = row_id WHERE kind = 'preference_pair'"
+    )
+    found = json.loads(align(made[0], "lineage", "sql", statement).stdout)
+    assert found["learned"] > 20 and found["too_long"] == 0
 
 
 def test_a_pattern_that_is_told_apart_too_well_is_a_warning(made: tuple[Path, str]) -> None:
