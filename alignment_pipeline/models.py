@@ -135,9 +135,7 @@ def head_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def lora_config(config: AdapterFields, task_type: str, heads: Sequence[str] = ()) -> LoraConfig:
-    """PEFT's configuration of the recipe's adapter keys; `heads` are trained whole, and get no adapter."""
-    # By itself PEFT keeps adapters off a head of one layer only.
-    within = rf"({'|'.join(heads)})(\..*)?" if heads and tuple(heads) != ("score",) else None
+    """PEFT's configuration of the recipe's adapter keys; `heads` are trained whole, and PEFT gives them no adapter."""
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -145,7 +143,6 @@ def lora_config(config: AdapterFields, task_type: str, heads: Sequence[str] = ()
         target_modules=config.lora_targets,
         task_type=task_type,
         modules_to_save=list(heads) or None,
-        exclude_modules=within,
     )
 
 

@@ -147,7 +147,8 @@ def _as_json(scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def _print(console: Console, title: str, rows: Sequence[dict[str, str]], scores: Sequence[Sequence[float]]) -> None:
-    table = Table("prompt", title=f"Scores by {title}", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    title = f"Scores by {title}"
+    table = Table("prompt", title=title, min_width=len(title), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     columns = ["score"] if len(scores) == 1 else ["score of A", "score of B", "preferred"]
     for column in columns:
         table.add_column(column, justify="right")

@@ -2,6 +2,7 @@
 
 `adapter/` (of the trunk) or `model/`; of a given model always `model/`, merged, with its own tokenizer.
 `scores.jsonl`: one row a held-out pair, see `reward_report.ScoredPair`.
+`dropped.jsonl`: {id, split, reason} of the pairs that are too long.
 `summary.json`: {own_tokenizer, max_tokens, pairs: {train, validation, dropped}, table: the report's rows, metrics,
 held_out_tokens_sha256: of the held-out pairs' token ids, as they were read}.
 """
@@ -147,10 +148,18 @@ def _measure(
         *pair_scores(scorer, seen, [pair["prompt"] for pair in seen], batch_size)
     )
     counts = {split: len(kept[split]) for split in SPLITS}
-    counts["dropped"] = sum(map(len, pairs.values())) - sum(counts.values())
+    read = {pair["id"] for split in SPLITS for pair in kept[split]}
+    dropped = [
+        {"id": pair["id"], "split": split, "reason": "over_long"}
+        for split, whole in pairs.items()
+        for pair in whole
+        if pair["id"] not in read
+    ]
+    counts["dropped"] = len(dropped)
     metrics["reward/held_out_pairs"] = float(counts["validation"])
     metrics["reward/dropped_pairs"] = float(counts["dropped"])
     write_jsonl(spec.output_dir / "scores.jsonl", scored)
+    write_jsonl(spec.output_dir / "dropped.jsonl", dropped)
     summary = {OWN_TOKENIZER: scorer.encoder.own, MAX_TOKENS: scorer.encoder.max_tokens, "pairs": counts,
                "table": table, "metrics": metrics, "held_out_tokens_sha256": held_out_tokens}  # fmt: skip
     atomic.write_json(spec.output_dir / SUMMARY, summary)

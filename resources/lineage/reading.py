@@ -98,7 +98,7 @@ _TABLES: Mapping[str, tuple[tuple[str, str, Mapping[str, str | None]], ...]] = {
         ("train.jsonl", _PAIRS, {"split": "train"}),
         ("validation.jsonl", _PAIRS, {"split": "validation"}),
     ),
-    "reward_model": (("scores.jsonl", _PAIR_SCORES, {}),),
+    "reward_model": (("scores.jsonl", _PAIR_SCORES, {}), ("dropped.jsonl", _DROPPED, {})),
     "ppo_policy": ((f"{EXTRAS}/rollouts.jsonl", _ROLLOUTS, {}),),
     "evaluation": (("examples.jsonl", _EXAMPLES, {}),),
 }

@@ -262,7 +262,7 @@ ALTER TABLE dataset_rows ADD COLUMN rejected VARCHAR;
 -- migration 3: held-out pairs as a reward model scores them
 -- rebuild
 
--- One row a held-out pair of a `reward_model`. The shuffled scores are those of the responses to another pair's prompt,
+-- One row a held-out pair of a `reward_model`; pairs that were too long for it are in `dropped_rows`. The shuffled scores are those of the responses to another pair's prompt,
 -- NULL where all held-out pairs have one prompt.
 CREATE TABLE pair_scores (
     artifact_id             VARCHAR NOT NULL REFERENCES artifacts (artifact_id),
@@ -372,7 +372,9 @@ UNION ALL
 SELECT edge.artifact_id, 'preference_pair', pairs.pair_id, pairs.prompt_id, pairs.artifact_id
 FROM preference_pairs AS pairs
 JOIN artifact_inputs AS edge ON edge.input_artifact_id = pairs.artifact_id AND edge.name = 'pairs'
-WHERE pairs.split = 'train' AND (edge.artifact_id LIKE 'reward_model/%' OR edge.artifact_id LIKE 'dpo_policy/%')
+LEFT JOIN dropped_rows AS dropped ON dropped.artifact_id = edge.artifact_id AND dropped.row_id = pairs.pair_id
+WHERE pairs.split = 'train' AND dropped.row_id IS NULL
+  AND (edge.artifact_id LIKE 'reward_model/%' OR edge.artifact_id LIKE 'dpo_policy/%')
 UNION ALL
 SELECT DISTINCT artifact_id, 'rollout', NULL, prompt_id, artifact_id FROM rollouts;
 

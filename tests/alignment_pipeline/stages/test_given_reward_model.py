@@ -161,12 +161,14 @@ def test_the_head_whatever_it_is_called_is_trained_whole_and_gets_no_adapter(tmp
     assert set(head_names(model)) == heads
     adapted = with_adapter(model, RewardModelConfig(lora_rank=2), "SEQ_CLS")
     trained = {
-        name.removeprefix("base_model.model.").split(".", 1)[0]: "lora_" in name
+        (name.removeprefix("base_model.model.").split(".", 1)[0], "lora_" in name)
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad
     }
-    assert {part for part, by_adapter in trained.items() if not by_adapter} == heads
-    assert len(trained) == len(heads) + 1  # and the body, by adapters
+    body = next(name for name, module in model.named_children() if module is model.base_model)
+    inside = [name for name, _ in adapted.named_parameters() if name.split(".")[2] in heads]
+    assert inside and not any("lora_" in name for name in inside)
+    assert trained == {(head, False) for head in heads} | {(body, True)}
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
