@@ -144,6 +144,10 @@ class TrainerFields(AdapterFields):
     """Optimization keys shared by the stages that use TRL's trainers."""
 
     batch_size: int = Field(16, ge=1, description="Rows (or pairs) a forward pass.")
+    batching: Literal["by_length", "shuffled"] = Field(
+        "by_length",
+        description="by_length: rows of similar length share a step, so that little is padded. shuffled: any rows.",
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimizer step.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows; max_steps ends training earlier.")
     max_steps: int | None = Field(None, ge=1, description="Upper bound of optimizer steps; null for none.")

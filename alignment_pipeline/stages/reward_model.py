@@ -8,11 +8,12 @@ from trl import RewardTrainer
 from alignment_pipeline.configs import RewardModelConfig
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_tokenizer, new_scorer, save_trained, with_adapter
+from alignment_pipeline.padding import without_padding
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import length_baseline_accuracy, pair_accuracy, score_responses
-from alignment_pipeline.sequences import encode, encode_side
+from alignment_pipeline.sequences import causal_lm_of, encode, encode_side
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
-from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
+from alignment_pipeline.training import seed_everything, train, trainer_arguments, training_dataset
 
 
 def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> StageResult:
@@ -21,13 +22,16 @@ def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> 
     pairs = {split: read_jsonl(spec.inputs["pairs"] / f"{split}.jsonl") for split in ("train", "validation")}
     seed_everything(spec.seed)
     model = with_adapter(new_scorer(spec.inputs["trunk"] / MODEL_FOLDER).to(spec.device), spec.config, "SEQ_CLS")
+    rows = _tokenized(pairs["train"], tokenizer)
+    lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     trainer = RewardTrainer(
         model=model,
         args=TrlRewardConfig(**trainer_arguments(spec, spec.config), max_length=None),
-        train_dataset=dataset_of(_tokenized(pairs["train"], tokenizer), "preference pairs"),
+        train_dataset=training_dataset(rows, lengths, spec, "preference pairs"),
         processing_class=tokenizer,
     )
-    train(trainer, spec, log)
+    with without_padding(causal_lm_of(model).base_model):
+        train(trainer, spec, log)
     log.note("Scoring held-out pairs.")
     accuracy = _accuracy(trainer.model, tokenizer, pairs["validation"], spec.config.batch_size)
     baseline = length_baseline_accuracy(pairs["train"], pairs["validation"])
