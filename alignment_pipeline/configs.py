@@ -13,6 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
 
+Precision = Literal["float32", "bfloat16"]
+_PRECISION = Field(
+    "float32",
+    description="Numbers of the forward and backward passes. bfloat16 is for GPUs, twice as fast or more; weights, "
+    "optimizer and sums of log-probabilities stay in float32.",
+)
+
 JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
 
 
@@ -138,6 +145,7 @@ class AdapterFields(StageConfig):
     lora_targets: str | list[str] = Field(
         "all-linear", description="Module names that get an adapter, or all-linear for every linear layer."
     )
+    precision: Precision = _PRECISION
 
 
 class TrainerFields(AdapterFields):
@@ -161,6 +169,11 @@ class TrainerFields(AdapterFields):
 class SftConfig(TrainerFields):
     """Supervised fine-tuning with the loss on the response only."""
 
+    packing: Literal["none", "packed"] = Field(
+        "none",
+        description="packed joins a step's rows into one sequence, without padding. The model has to keep documents "
+        "apart by their positions: GPT-2, Llama and Qwen do, OPT does not and is refused.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate; 2e-4 is usual for LoRA, 2e-5 for full.")
 
 
@@ -264,6 +277,7 @@ class ReferenceLogprobsConfig(StageConfig):
     """Log-probabilities of the pairs' responses under the trunk, for DPO."""
 
     batch_size: int = Field(default=32, ge=1, description="Responses scored together.")
+    precision: Precision = _PRECISION
 
 
 class DpoConfig(TrainerFields):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from alignment_pipeline.errors import ModelError
+
 _WINDOW_STEPS = 50  # steps among whose rows the similar ones are looked for
 _LEAST_WINDOWS = 4  # a pass over few rows has several windows all the same, so that batches differ between passes
 PASS_TOKENS = 64
@@ -111,3 +113,21 @@ def reads_only_backwards(trunk: Any) -> bool:
     token_ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 10]], device=trunk.device) % trunk.config.vocab_size
     hidden = trunk(input_ids=token_ids, attention_mask=torch.ones_like(token_ids)).last_hidden_state
     return torch.allclose(hidden[0, :2], hidden[1, :2], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def require_documents_apart(trunk: Any) -> None:
+    """Refuse a trunk that reads from one document into the next where two are joined and positions start again.
+
+    Raises:
+        ModelError: It does; names the architecture.
+    """
+    documents = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]], device=trunk.device) % trunk.config.vocab_size
+    positions = torch.arange(4, device=trunk.device).repeat(2)[None]
+    apart = trunk(input_ids=documents, use_cache=False).last_hidden_state
+    joined = trunk(input_ids=documents.view(1, -1), position_ids=positions, use_cache=False).last_hidden_state
+    if not torch.allclose(joined.view_as(apart), apart, rtol=1e-3, atol=1e-4):
+        raise ModelError(
+            f"{type(trunk).__name__} reads across documents when they are packed: its hidden states differ from those "
+            "of the documents apart. Set sft.packing=none, or use another architecture (GPT-2, Llama, Qwen)."
+        )

@@ -167,6 +167,11 @@ class Recipe(BaseModel):
                     f"base_model.max_positions: found {base.max_positions}, expected at least {longest}, "
                     "the longest sequence that formatting and max_new_tokens allow"
                 )
+        if self.dpo and self.dpo.precision != self.reference_logprobs.precision:
+            yield (
+                f"reference_logprobs.precision: found {self.reference_logprobs.precision}, expected dpo.precision "
+                f"({self.dpo.precision}), or rounding would count as preference"
+            )
         if ppo:
             yield from _ppo_problems(ppo)
 

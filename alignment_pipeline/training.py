@@ -59,7 +59,8 @@ def trainer_arguments(spec: StageSpec[Any], config: TrainerFields) -> dict[str, 
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": False,  # float32 everywhere: reference log-probabilities and rollouts are, and the key knows no device
+        # Never chosen by the device, which the key does not know: results keyed as one precision are of that precision.
+        "bf16": config.precision == "bfloat16",
         "use_cpu": not on_gpu,
         "activation_checkpointing": False,
         "dataloader_pin_memory": on_gpu,

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from alignment_pipeline.configs import SftConfig
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
-from alignment_pipeline.padding import without_padding
+from alignment_pipeline.padding import require_documents_apart, without_padding
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.sequences import causal_lm_of, encode
 from alignment_pipeline.stage import StageResult, StageSpec
@@ -29,10 +29,13 @@ def train_sft(spec: StageSpec[SftConfig], log: ProgressLog) -> StageResult:
     model = with_adapter(
         load_causal_lm(spec.inputs["base_model"] / MODEL_FOLDER, spec.device), spec.config, "CAUSAL_LM"
     )
+    if spec.config.packing == "packed":
+        require_documents_apart(causal_lm_of(model).base_model)
     arguments = TrlSftConfig(
         **trainer_arguments(spec, spec.config),
         max_length=None,  # rows that are too long were dropped when they were formatted
         dataset_kwargs={"skip_prepare_dataset": True},
+        padding_free=spec.config.packing == "packed",
     )
     rows = labelled_rows(spec, tokenizer, "train")
     lengths = [len(row["input_ids"]) for row in rows]
