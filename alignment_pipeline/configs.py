@@ -14,7 +14,7 @@ UNKEYED: dict[str, Any] = {"keyed": False}
 """Marks a field that does not change the result, or counts by the content it points to."""
 
 Precision = Literal["float32", "bfloat16"]
-_PRECISION = Field(
+_PRECISION: Any = Field(
     "float32",
     description="Numbers of the forward and backward passes. bfloat16 is for GPUs, twice as fast or more; weights, "
     "optimizer and sums of log-probabilities stay in float32.",

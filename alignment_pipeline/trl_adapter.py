@@ -21,7 +21,7 @@ _HEAD_ROWS = 256  # tokens whose logits are computed at once: they stay in the p
 _THEIRS = trl.trainer.utils._ChunkedLogProbFunction
 
 PerToken = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-"""Log-probabilities, entropies, log of the sum of squared probabilities, mean logits, whether the token is likeliest."""
+"""Log-probabilities, entropies, log of the sum of squared probabilities, mean logits, and whether likeliest."""
 
 
 def make_head_fast() -> None:
@@ -41,12 +41,14 @@ class _Head:
     @staticmethod
     def apply(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-        temperature: float, chunk_size: int, softcap: float | None, scale: float, outputs: tuple[str, ...],
+        temperature: float, chunk_size: int, final_logit_softcapping: float | None, logit_scale: float,
+        outputs: tuple[str, ...],
     ) -> PerToken:  # fmt: skip
         """Log-probabilities (N,) of targets (N,) by hidden states (N, H) and the head's weight (V, H)."""
-        if hidden.device.type != "cpu" or temperature != 1 or softcap is not None or scale != 1:
+        is_plain = temperature == 1 and final_logit_softcapping is None and logit_scale == 1
+        if hidden.device.type != "cpu" or not is_plain:
             found: PerToken = _THEIRS.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
             return found
         logprobs, is_top1 = _HeadLogprobs.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
@@ -64,7 +66,8 @@ class _HeadLogprobs(torch.autograd.Function):
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else hidden.dtype
         columns, kept, logprobs, is_top1 = weight.to(dtype).t(), [], [], []
-        for rows, tokens in zip(hidden.to(dtype).split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+        parts = (torch.split(part, _HEAD_ROWS) for part in (hidden.to(dtype), targets))
+        for rows, tokens in zip(*parts, strict=True):
             logits = rows @ columns if bias is None else torch.addmm(bias.to(dtype), rows, columns)
             log_softmax = logits.float().log_softmax(-1)
             chosen = log_softmax.gather(-1, tokens[:, None])
@@ -86,7 +89,7 @@ class _HeadLogprobs(torch.autograd.Function):
         to_hidden = []
         to_weight = torch.zeros_like(weight) if needs_weight else None
         to_bias = torch.zeros(len(weight)) if needs_bias else None
-        parts = (part.split(_HEAD_ROWS) for part in (hidden, targets, gradients[0]))
+        parts = (torch.split(part, _HEAD_ROWS) for part in (hidden, targets, gradients[0]))
         for log_softmax, rows, tokens, wanted in zip(context.log_softmax, *parts, strict=True):
             gradient = log_softmax.exp().mul_(-wanted[:, None])
             gradient.scatter_add_(-1, tokens[:, None], wanted[:, None])

@@ -8,7 +8,7 @@ has had no PPO since 1.13: RLOO is the on-policy trainer that its documentation 
 
 Nothing of the product is imported here. The only addition to the scripts is a callback that notes when steps end.
 """
-# ruff: noqa: TID253, T201  # TRL is what is measured here
+# ruff: noqa: TID253  # TRL is what is measured here
 
 import json
 import sys
@@ -108,7 +108,9 @@ def main() -> None:
     trainer = STAGES[sys.argv[1]](settings, watch)
     trainer.train()
     trainer.save_model(settings["output"])
-    Path(settings["report"]).write_text(json.dumps({"steps": watch.steps, "model": settings["output"]}), encoding="utf-8")
+    Path(settings["report"]).write_text(
+        json.dumps({"steps": watch.steps, "model": settings["output"]}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

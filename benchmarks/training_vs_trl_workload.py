@@ -57,7 +57,9 @@ class Workload:
 
 def make_workload(folder: Path, data: Path, pair_count: int, seed: int) -> Workload:
     """Build the base model and write all rows; takes a minute or two."""
-    config = DataConfig(path=str(data / INSTRUCTIONS_FILE), max_chars=6000, validation_fraction=0.02, test_fraction=0.03)
+    config = DataConfig(
+        path=str(data / INSTRUCTIONS_FILE), max_chars=6000, validation_fraction=0.02, test_fraction=0.03
+    )
     instructions = run_stage("instructions", config, {}, folder / "instructions", seed)
     base_model = run_stage("base_model", BASE_MODEL, {"instructions": instructions}, folder / "base_model", seed)
     inputs = {"instructions": instructions, "tokenizer": base_model}
@@ -97,7 +99,9 @@ def run_stage(
 
 def _tokenizes_in_parts(tokenizer: Any, row: dict[str, Any]) -> bool:
     """Whether prompt and completion give the same tokens apart, as ours reads them, and joined, as TRL does."""
-    prompt, completion, joined = encode(tokenizer, [row["prompt"], row["completion"], row["prompt"] + row["completion"]])
+    prompt, completion, joined = encode(
+        tokenizer, [row["prompt"], row["completion"], row["prompt"] + row["completion"]]
+    )
     return prompt + completion == joined
 
 
