@@ -6,6 +6,7 @@ whose sides both fit TRL's default length of 1,024 tokens, exactly as many as th
 """
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 
 from alignment_pipeline.configs import BaseModelConfig, DataConfig, FormattingConfig, StageConfig
 from alignment_pipeline.identity import read_jsonl, write_jsonl
-from alignment_pipeline.models import load_tokenizer
+from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, new_scorer
 from alignment_pipeline.preferences import make_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import format_prompt, prompt_id
-from alignment_pipeline.sequences import encode
+from alignment_pipeline.reward import score_responses
+from alignment_pipeline.sequences import encode, encode_side, sum_logprobs
 from alignment_pipeline.stage import StageSpec, stage_function
 
 MAX_TOKENS = 1024
+MAX_NEW_TOKENS = 128
 HELD_OUT_PAIRS = 64
 HELD_OUT_ROWS = 128
 INSTRUCTIONS_FILE, PREFERENCES_FILE = "codealpaca/code_alpaca_20k.jsonl", "code_preference/python_code_dpo.jsonl"
@@ -29,6 +32,7 @@ BASE_MODEL = BaseModelConfig(
     pretrain_steps=100, pretrain_batch_size=8, pretrain_block_tokens=128, pretrain_learning_rate=1e-3,
     document_copies=1,
 )  # fmt: skip
+INSTRUCTIONS: dict[str, Any] = {"max_chars": 6000, "validation_fraction": 0.006, "test_fraction": 0.006}
 FORMATTING = FormattingConfig(max_prompt_tokens=512, max_tokens=MAX_TOKENS)
 
 
@@ -44,6 +48,7 @@ class Workload:
         plain_pairs: prompt, chosen, rejected.
         plain_prompts: prompt.
         votes: The pairs as votes for the product's inbox.
+        instructions: CodeAlpaca as it is.
     """
 
     base_model: Path
@@ -53,13 +58,12 @@ class Workload:
     plain_pairs: Path
     plain_prompts: Path
     votes: Path
+    instructions: Path
 
 
 def make_workload(folder: Path, data: Path, pair_count: int, seed: int) -> Workload:
     """Build the base model and write all rows; takes a minute or two."""
-    config = DataConfig(
-        path=str(data / INSTRUCTIONS_FILE), max_chars=6000, validation_fraction=0.02, test_fraction=0.03
-    )
+    config = DataConfig(path=str(data / INSTRUCTIONS_FILE), **INSTRUCTIONS)
     instructions = run_stage("instructions", config, {}, folder / "instructions", seed)
     base_model = run_stage("base_model", BASE_MODEL, {"instructions": instructions}, folder / "base_model", seed)
     inputs = {"instructions": instructions, "tokenizer": base_model}
@@ -75,6 +79,7 @@ def make_workload(folder: Path, data: Path, pair_count: int, seed: int) -> Workl
     workload = Workload(
         base_model, dataset, folder / "pairs",
         *(folder / f"{name}.jsonl" for name in ("sft", "pairs_plain", "prompts", "votes")),
+        data / INSTRUCTIONS_FILE,
     )  # fmt: skip
     end = len(tokenizer.eos_token)
     _write(workload.plain_sft, [{"prompt": row["prompt"], "completion": row["completion"][:-end]} for row in rows])
@@ -128,3 +133,31 @@ def _pair(vote: dict[str, str]) -> Any:
 
 def _write(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def held_out_loss(stage: str, model: Path, workload: Workload) -> float:
+    """Loss on held-out rows or pairs of a model folder, by the same code for both sides, in nats a token or a pair.
+
+    DPO's is against the base model, with TRL's default beta of 0.1.
+    """
+    tokenizer = load_tokenizer(workload.base_model)
+    pad_id = tokenizer.pad_token_id
+    if stage == "sft":
+        rows = read_jsonl(workload.dataset / "validation.jsonl")
+        prompts = encode(tokenizer, [row["prompt"] for row in rows])
+        completions = encode(tokenizer, [row["completion"] for row in rows])
+        total = sum(sum_logprobs(load_causal_lm(model), prompts, completions, pad_id, 16))
+        return -total / sum(map(len, completions))
+    pairs = read_jsonl(workload.pairs / "validation.jsonl")
+    prompts = encode(tokenizer, [pair["prompt"] for pair in pairs])
+    sides = [encode_side(tokenizer, pairs, side) for side in ("chosen", "rejected")]
+    if stage == "reward":
+        scorer = new_scorer(model).eval()
+        chosen, rejected = (score_responses(scorer, prompts, side, pad_id, 16) for side in sides)
+        margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
+    else:
+        models = (load_causal_lm(model), load_causal_lm(workload.base_model / MODEL_FOLDER))
+        found = [[sum_logprobs(model, prompts, side, pad_id, 16) for side in sides] for model in models]
+        now, before = ([a - b for a, b in zip(*each, strict=True)] for each in found)
+        margins = [0.1 * (a - b) for a, b in zip(now, before, strict=True)]
+    return sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
