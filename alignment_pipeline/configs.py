@@ -22,6 +22,13 @@ _COLUMNS = {
 
 _NEEDED_COLUMNS = frozenset({"instruction", "output", "chosen", "rejected"})
 
+Precision = Literal["float32", "bfloat16"]
+_PRECISION: Any = Field(
+    "float32",
+    description="Numbers of the forward and backward passes. bfloat16 is for GPUs, twice as fast or more; weights, "
+    "optimizer and sums of log-probabilities stay in float32.",
+)
+
 JudgeName = Literal["gold_rule", "reference_chrf", "reward_classifier"]
 TemplateName = Literal["instruction", "human_assistant", "chat"]
 PolicyName = Literal["base_model", "sft_model", "ppo_policy", "dpo_policy"]
@@ -199,12 +206,17 @@ class AdapterFields(StageConfig):
     lora_targets: str | list[str] = Field(
         "all-linear", description="Module names that get an adapter, or all-linear for every linear layer."
     )
+    precision: Precision = _PRECISION
 
 
 class TrainerFields(AdapterFields):
     """Optimization keys shared by the stages that use TRL's trainers."""
 
     batch_size: int = Field(16, ge=1, description="Rows (or pairs) a forward pass.")
+    batching: Literal["by_length", "shuffled"] = Field(
+        "by_length",
+        description="by_length: rows of similar length share a step, so that little is padded. shuffled: any rows.",
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimizer step.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows; max_steps ends training earlier.")
     max_steps: int | None = Field(None, ge=1, description="Upper bound of optimizer steps; null for none.")
@@ -218,6 +230,11 @@ class TrainerFields(AdapterFields):
 class SftConfig(TrainerFields):
     """Supervised fine-tuning with the loss on the response only."""
 
+    packing: Literal["none", "packed"] = Field(
+        "none",
+        description="packed joins a step's rows into one sequence, without padding. The model has to keep documents "
+        "apart by their positions: GPT-2, Llama and Qwen do, OPT does not and is refused.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate; 2e-4 is usual for LoRA, 2e-5 for full.")
 
 
@@ -357,6 +374,7 @@ class ReferenceLogprobsConfig(StageConfig):
     """Log-probabilities of the pairs' responses under the trunk, for DPO."""
 
     batch_size: int = Field(default=32, ge=1, description="Responses scored together.")
+    precision: Precision = _PRECISION
 
 
 class DpoConfig(TrainerFields):

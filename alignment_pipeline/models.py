@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alignment_pipeline.configs import AdapterFields
+from alignment_pipeline.configs import AdapterFields, Precision
 from alignment_pipeline.errors import ModelError
 
 MODEL_FOLDER = "model"
@@ -123,6 +123,11 @@ def with_adapter(model: PreTrainedModel, config: AdapterFields, task_type: str) 
             f"lora_targets: found {config.lora_targets!r}, expected names of linear modules of this model, "
             f"or all-linear ({str(error).splitlines()[0]})."
         ) from error
+
+
+def autocast(precision: Precision, device: str) -> torch.autocast:
+    """Within, matrix products are in bfloat16 where the precision says so; weights stay what they are."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:

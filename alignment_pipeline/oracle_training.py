@@ -130,12 +130,19 @@ def train_dpo(
     from trl import DPOConfig as TrlDpoConfig  # seconds, and PPO needs none of it
 
     from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
-    from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, score_labelled_positions_only
+    from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, make_head_fast
 
-    score_labelled_positions_only()
+    make_head_fast()
     seed_everything(seed)
     config = DpoConfig.model_validate(
-        {"method": "full", "beta": beta, "learning_rate": 1e-3, "batch_size": _DPO_BATCH, "checkpoint_every_s": 1e9}
+        {
+            "method": "full",
+            "beta": beta,
+            "learning_rate": 1e-3,
+            "batch_size": _DPO_BATCH,
+            "batching": "shuffled",
+            "checkpoint_every_s": 1e9,
+        }
     )
     spec = StageSpec(config, {}, folder / "output", folder / "work", seed)
     model = copy.deepcopy(problem.model)

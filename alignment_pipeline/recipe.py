@@ -199,25 +199,19 @@ class Recipe(BaseModel):
         if not (base.path or base.hub_name):
             if base.hidden_size % base.num_heads:
                 yield f"base_model.hidden_size: found {base.hidden_size}, expected a multiple of {base.num_heads} heads"
-<<<<<<< HEAD
             sections = (self.sampling, ppo, self.evaluation, self.decoding)
             responses = [section.max_new_tokens for section in sections if section is not None]
             longest = max(self.formatting.max_tokens, self.formatting.max_prompt_tokens + max(responses, default=0))
-=======
-            responses = [
-                section.max_new_tokens
-                for section in (self.sampling, ppo, self.evaluation, self.decoding)
-                if section is not None
-            ]
-            longest = max(
-                [self.formatting.max_tokens, *(self.formatting.max_prompt_tokens + tokens for tokens in responses)]
-            )
->>>>>>> reward
             if longest > base.max_positions:
                 yield (
                     f"base_model.max_positions: found {base.max_positions}, expected at least {longest}, "
                     "the longest sequence that formatting and max_new_tokens allow"
                 )
+        if self.dpo and self.dpo.precision != self.reference_logprobs.precision:
+            yield (
+                f"reference_logprobs.precision: found {self.reference_logprobs.precision}, expected dpo.precision "
+                f"({self.dpo.precision}), or rounding would count as preference"
+            )
         if ppo:
             yield from _ppo_problems(ppo)
 

@@ -3,8 +3,9 @@
 Import this module (it takes seconds: TRL's trainers) only from stages that train.
 """
 
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from alignment_pipeline import checkpoint
 from alignment_pipeline.configs import TrainerFields
 from alignment_pipeline.errors import DataError, ModelError
 from alignment_pipeline.pacing import Pacer
+from alignment_pipeline.padding import order_by_length
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.stage import StageSpec
+from alignment_pipeline.trl_adapter import UNMEASURED
 
 # Names that TRL logs → ours. Anything else keeps its name below `train/`.
 _METRIC_NAMES: Mapping[str, str] = {
@@ -25,7 +28,6 @@ _METRIC_NAMES: Mapping[str, str] = {
     "learning_rate": "train/learning_rate",
     "num_tokens": "train/tokens",
     "mean_token_accuracy": "train/token_accuracy",
-    "entropy": "train/entropy",
     "accuracy": "reward/accuracy",
     "margin": "reward/margin",
     "rewards/accuracies": "dpo/accuracy",
@@ -43,7 +45,7 @@ def trainer_arguments(spec: StageSpec[Any], config: TrainerFields) -> dict[str, 
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "num_train_epochs": config.epochs,
+        "num_train_epochs": 1.0 if config.batching == "by_length" else config.epochs,  # see training_dataset
         "max_steps": config.max_steps or -1,
         "learning_rate": config.learning_rate,  # type: ignore[attr-defined]  # every subclass has it, defaults differ
         "warmup_steps": config.warmup_fraction,  # below one it is a share of the steps
@@ -57,11 +59,32 @@ def trainer_arguments(spec: StageSpec[Any], config: TrainerFields) -> dict[str, 
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": False,  # float32 everywhere: reference log-probabilities and rollouts are, and the key knows no device
+        # Never chosen by the device, which the key does not know: results keyed as one precision are of that precision.
+        "bf16": config.precision == "bfloat16",
         "use_cpu": not on_gpu,
         "activation_checkpointing": False,
         "dataloader_pin_memory": on_gpu,
+        "train_sampling_strategy": "sequential" if config.batching == "by_length" else "random",
     }
+
+
+def training_dataset(rows: list[dict[str, Any]], lengths: Sequence[int], spec: StageSpec[Any], what: str) -> Dataset:
+    """The rows to train on; batched by length, they are in the order of training, all passes one after another.
+
+    Args:
+        rows: Columns that the trainer reads.
+        lengths: Tokens of each row's longest sequence.
+        spec: Of the stage; its configuration says how batches are made.
+        what: Name of the rows, for the error.
+
+    Raises:
+        DataError: There is no row.
+    """
+    dataset, config = dataset_of(rows, what), spec.config
+    if config.batching == "shuffled":
+        return dataset
+    step_rows = config.batch_size * config.gradient_accumulation_steps
+    return dataset.select(order_by_length(lengths, step_rows, config.epochs, spec.seed))
 
 
 def train(trainer: Any, spec: StageSpec[Any], log: ProgressLog) -> None:
@@ -112,18 +135,25 @@ class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def __init__(self, log: ProgressLog, tokens_before: float) -> None:
         self._log = log
         self._tokens_before = tokens_before
+        self._tokens, self._since = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         metrics = {
             _METRIC_NAMES.get(name, f"train/{name}"): float(value)
             for name, value in (logs or {}).items()
             if isinstance(value, int | float)
-            and name != "epoch"
+            and name not in ("epoch", *UNMEASURED)
             and not name.startswith(("train_", "total_flos", "eval_"))
         }
         if not metrics:
             return
         if "train/tokens" in metrics:
+            now, tokens = time.monotonic(), metrics["train/tokens"]
+            metrics["time/tokens_per_s"] = (tokens - self._tokens) / (now - self._since)
+            self._tokens, self._since = tokens, now
             metrics["train/tokens"] += self._tokens_before
         loss = metrics.get("train/loss", 0.0)
         if loss != loss or loss in (float("inf"), float("-inf")):

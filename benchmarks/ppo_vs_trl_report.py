@@ -36,7 +36,7 @@ def report(result: Json) -> str:
             "",
             f"Time and memory: {_describe(large)}.",
             "",
-            *_table(_time_rows(result, methods)),
+            *table(_time_rows(result, methods)),
             "",
             "Seconds an update over all updates but each process's first. The ratio is TRL's median over ours; in "
             "brackets that of each pair of processes. Memory: highest resident memory (VmHWM, reset after the imports) "
@@ -44,7 +44,7 @@ def report(result: Json) -> str:
             "",
             f"Score at equal KL: {_describe(small)}.",
             "",
-            *_table(_score_rows(result, methods)),
+            *table(_score_rows(result, methods)),
             "",
             f"Mean ± standard deviation over {_seeds(result)} seeds. Score and KL are those of each update's rollout. "
             "At each KL (the highest is one that every run reached) a line is fitted to a run's updates near it; the "
@@ -160,7 +160,7 @@ def _phase_lines(result: Json, method: str) -> list[str]:
     return [
         f"Where the time goes ({method}); a large square product runs at {result['peak_gigaflops']:.0f} GFLOP/s:",
         "",
-        *_table(rows),
+        *table(rows),
     ]
 
 
@@ -181,7 +181,7 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

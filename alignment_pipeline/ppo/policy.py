@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from alignment_pipeline.configs import PpoConfig
-from alignment_pipeline.models import POLICY_ADAPTER, add_reward_adapter, lora_config, with_adapter
+from alignment_pipeline.models import POLICY_ADAPTER, add_reward_adapter, autocast, lora_config, with_adapter
 from alignment_pipeline.sequences import (
     TokenBatch,
     apply_head,
@@ -157,7 +157,7 @@ class PolicyWithValue:
             only_values: No gradient reaches the policy, as in the value model's warm-up.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not only_values):
-            hidden = response_hidden(self._active, batch)
+            hidden = self._response_hidden(self._active, batch)
             parts = [
                 self._of_tokens(states, tokens, temperature, all_statistics)
                 for states, tokens in zip(
@@ -186,7 +186,7 @@ class PolicyWithValue:
     def reference_logprobs(self, batch: TokenBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's log-probabilities (B, T) at a temperature, and at temperature 1."""
         with self.as_reference():
-            hidden, tokens = response_hidden(self._active, batch), response_tokens(batch)
+            hidden, tokens = self._response_hidden(self._active, batch), response_tokens(batch)
             logprobs, at_1 = (
                 torch.empty(len(tokens), device=hidden.device),
                 torch.empty(len(tokens), device=hidden.device),
@@ -205,25 +205,36 @@ class PolicyWithValue:
         """Score (B,) of each response by the reward adapter on the shared trunk, read at its last token."""
         if self._score_head is None:
             raise ValueError("this policy holds no reward adapter")
-        with self._using(_REWARD_ADAPTER):
+        with self._using(_REWARD_ADAPTER), self._autocast():
             hidden = causal_lm_of(self.model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         last = batch.attention_mask.sum(1) - 1
-        scores: torch.Tensor = self._score_head(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1)
-        return scores.float()
+        scores: torch.Tensor = self._score_head(
+            hidden[torch.arange(len(last), device=last.device), last].float()
+        ).squeeze(-1)
+        return scores
 
     def _logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
         """Logits (N, V) at a temperature; without a bias the smaller tensor, the hidden states, is divided."""
-        if causal_lm_of(self._active).get_output_embeddings().bias is None:
-            return apply_head(self._active, hidden / temperature)
-        return apply_head(self._active, hidden) / temperature
+        with self._autocast():
+            if causal_lm_of(self._active).get_output_embeddings().bias is None:
+                return apply_head(self._active, hidden / temperature)
+            return apply_head(self._active, hidden) / temperature
+
+    def _response_hidden(self, model: Any, batch: TokenBatch) -> torch.Tensor:
+        with self._autocast():
+            return response_hidden(model, batch)
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self._config.precision, torch.device(self.device).type)
 
     def _values(self, batch: TokenBatch, hidden: torch.Tensor) -> torch.Tensor:
         """Values (N,); `hidden` is the policy's."""
         if self._value_adapter:
             with self._using(_VALUE_ADAPTER):
-                hidden = response_hidden(self.model, batch)
+                hidden = self._response_hidden(self.model, batch)
         elif self._value_trunk is not None:
-            states = self._value_trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            with self._autocast():
+                states = self._value_trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             hidden = states[:, :-1][batch.response_mask[:, 1:]]
         elif self._config.value_trunk == "detached":
             hidden = hidden.detach()

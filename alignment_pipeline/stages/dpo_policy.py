@@ -13,19 +13,23 @@ from alignment_pipeline.configs import DpoConfig
 from alignment_pipeline.errors import StoreError
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
+from alignment_pipeline.padding import without_padding
 from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.sequences import causal_lm_of
 from alignment_pipeline.stage import StageResult, StageSpec
 from alignment_pipeline.tokenization import encode_prompts, encode_side
-from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
-from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, score_labelled_positions_only
+from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments, training_dataset
+from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, make_head_fast
 
 
 def train_dpo(spec: StageSpec[DpoConfig], log: ProgressLog) -> StageResult:
     """Train on the training pairs; report loss and implicit-reward accuracy on held-out pairs."""
-    score_labelled_positions_only()
+    make_head_fast()
     tokenizer = load_tokenizer(spec.inputs["trunk"])
     seed_everything(spec.seed)
     model = with_adapter(load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, spec.device), spec.config, "CAUSAL_LM")
+    rows = pair_rows(spec, tokenizer, "train")
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     trainer = TokenizedDPOTrainer(
         model=model,
         args=TrlDpoConfig(
@@ -34,13 +38,14 @@ def train_dpo(spec: StageSpec[DpoConfig], log: ProgressLog) -> StageResult:
             max_length=None,
             precompute_ref_log_probs=True,
         ),
-        train_dataset=dataset_of(pair_rows(spec, tokenizer, "train"), "preference pairs"),
+        train_dataset=training_dataset(rows, lengths, spec, "preference pairs"),
         eval_dataset=dataset_of(pair_rows(spec, tokenizer, "validation"), "held-out preference pairs"),
         processing_class=tokenizer,
     )
-    train(trainer, spec, log)
-    log.note("Measuring held-out pairs.")
-    evaluation = trainer.evaluate()
+    with without_padding(causal_lm_of(model).base_model):
+        train(trainer, spec, log)
+        log.note("Measuring held-out pairs.")
+        evaluation = trainer.evaluate()
     save_trained(trainer.model, tokenizer, spec.output_dir)
     return StageResult(
         {

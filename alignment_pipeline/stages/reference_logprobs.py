@@ -5,7 +5,7 @@ TRL's own cache is keyed by the whole DPO configuration, so that a new learning 
 
 from alignment_pipeline.configs import ReferenceLogprobsConfig
 from alignment_pipeline.identity import read_jsonl, write_jsonl
-from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer
+from alignment_pipeline.models import MODEL_FOLDER, autocast, load_causal_lm, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.sequences import sum_logprobs
 from alignment_pipeline.stage import StageResult, StageSpec
@@ -20,13 +20,14 @@ def score_reference_logprobs(spec: StageSpec[ReferenceLogprobsConfig], log: Prog
     for number, split in enumerate(("train", "validation"), 1):
         pairs = read_jsonl(spec.inputs["pairs"] / f"{split}.jsonl")
         prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
-        chosen, rejected = (
-            sum_logprobs(
-                model, prompts, encode_side(tokenizer, pairs, side),
-                tokenizer.pad_token_id, spec.config.batch_size,
-            )
-            for side in ("chosen", "rejected")
-        )  # fmt: skip
+        with autocast(spec.config.precision, spec.device):
+            chosen, rejected = (
+                sum_logprobs(
+                    model, prompts, encode_side(tokenizer, pairs, side),
+                    tokenizer.pad_token_id, spec.config.batch_size,
+                )
+                for side in ("chosen", "rejected")
+            )  # fmt: skip
         write_jsonl(
             spec.output_dir / f"{split}.jsonl",
             (

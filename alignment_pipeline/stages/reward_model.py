@@ -32,6 +32,7 @@ from alignment_pipeline.models import (
     turn_dropout_off,
     with_adapter,
 )
+from alignment_pipeline.padding import without_padding
 from alignment_pipeline.preferences import PreferencePair, read_pairs
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import (
@@ -42,10 +43,11 @@ from alignment_pipeline.reward import (
     RewardScorer,
 )
 from alignment_pipeline.reward_report import PLAUSIBLE_ACCURACY, calibration, pair_scores, report, score_pairs
+from alignment_pipeline.sequences import causal_lm_of
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.statistics import win_rate
 from alignment_pipeline.tokenization import TokenIds
-from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
+from alignment_pipeline.training import seed_everything, train, trainer_arguments, training_dataset
 
 SPLITS = ("train", "validation")
 
@@ -64,13 +66,15 @@ def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> 
     model, encoder = _start(spec)
     pairs = {split: read_pairs(spec.inputs["pairs"] / f"{split}.jsonl") for split in SPLITS}
     kept, rows = _fitting(pairs, encoder)
+    lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows["train"]]
     trainer = RewardTrainer(
         model=with_adapter(model, spec.config, "SEQ_CLS"),
         args=TrlRewardConfig(**trainer_arguments(spec, spec.config), max_length=None),
-        train_dataset=dataset_of(rows["train"], "preference pairs"),
+        train_dataset=training_dataset(rows["train"], lengths, spec, "preference pairs"),
         processing_class=encoder.tokenizer,
     )
-    train(trainer, spec, log)
+    with without_padding(causal_lm_of(model).base_model):
+        train(trainer, spec, log)
     log.note("Scoring held-out pairs.")
     trainer.model.eval()
     metrics = _measure(spec, RewardScorer(trainer.model, encoder), pairs, kept, digest(rows["validation"]))

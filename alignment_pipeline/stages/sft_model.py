@@ -13,37 +13,44 @@ from trl import SFTTrainer
 from alignment_pipeline.configs import SftConfig
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
+from alignment_pipeline.padding import require_documents_apart, without_padding
 from alignment_pipeline.progress import ProgressLog
+from alignment_pipeline.sequences import causal_lm_of
 from alignment_pipeline.stage import StageResult, StageSpec
 from alignment_pipeline.tokenization import encode, encode_prompts
-from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments
-from alignment_pipeline.trl_adapter import score_labelled_positions_only
+from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments, training_dataset
+from alignment_pipeline.trl_adapter import make_head_fast
 
 
 def train_sft(spec: StageSpec[SftConfig], log: ProgressLog) -> StageResult:
     """Fine-tune the base model on the train split and report the loss on the validation split, in nats a token."""
-    score_labelled_positions_only()
+    make_head_fast()
     tokenizer = load_tokenizer(spec.inputs["base_model"])
     seed_everything(spec.seed)
     model = with_adapter(
         load_causal_lm(spec.inputs["base_model"] / MODEL_FOLDER, spec.device), spec.config, "CAUSAL_LM"
     )
+    if spec.config.packing == "packed":
+        require_documents_apart(causal_lm_of(model).base_model)
     arguments = TrlSftConfig(
         **trainer_arguments(spec, spec.config),
         max_length=None,  # rows that are too long were dropped when they were formatted
         dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="group_by_length",
+        padding_free=spec.config.packing == "packed",
     )
+    rows = labelled_rows(spec, tokenizer, "train")
+    lengths = [len(row["input_ids"]) for row in rows]
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset_of(labelled_rows(spec, tokenizer, "train"), "instruction rows"),
+        train_dataset=training_dataset(rows, lengths, spec, "instruction rows"),
         eval_dataset=dataset_of(labelled_rows(spec, tokenizer, "validation"), "validation rows"),
         processing_class=tokenizer,
     )
-    train(trainer, spec, log)
-    log.note("Measuring the loss on the validation split.")
-    evaluation = trainer.evaluate()
+    with without_padding(causal_lm_of(model).base_model):
+        train(trainer, spec, log)
+        log.note("Measuring the loss on the validation split.")
+        evaluation = trainer.evaluate()
     save_trained(trainer.model, tokenizer, spec.output_dir, merge=True)
     return StageResult(
         {

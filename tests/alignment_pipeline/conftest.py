@@ -16,6 +16,8 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from alignment_pipeline.configs import RewardModelConfig, StageConfig
@@ -102,6 +104,11 @@ class TinyModels:
             gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
                     "attn_pdrop": 0.0, "initializer_range": 0.3}  # fmt: skip
             model = GPT2LMHeadModel(GPT2Config(**(tokens | gpt2 | changes)))
+        elif architecture == "qwen3":
+            qwen3 = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
+                     "initializer_range": 0.3, "tie_word_embeddings": True}  # fmt: skip
+            model = Qwen3ForCausalLM(Qwen3Config(**(tokens | qwen3 | changes)))
         else:
             llama = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                      "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip

@@ -18,7 +18,7 @@ from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.sequences import chosen_logprobs, pack, response_logits, response_tokens
 from alignment_pipeline.stages.dpo_policy import train_dpo
-from alignment_pipeline.trl_adapter import score_labelled_positions_only
+from alignment_pipeline.trl_adapter import make_head_fast
 
 # Compact and full head multiply matrices of other shapes: float32 rounding, relative to gradients of size up to 1.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
@@ -29,9 +29,10 @@ RESPONSES = [[44, 45, 1], [99, 98, 97, 96, 95, 1], [3]]
 @pytest.fixture(autouse=True)
 def _untouched_trl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """TRL as it is before the adapter, and again after the test."""
-    from trl.kernels.chunked_logprob import _use_triton
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
 
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", _use_triton)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
     yield
 
 
@@ -53,13 +54,13 @@ def fused_loss(model: Any, pad_id: int) -> tuple[torch.Tensor, dict[str, torch.T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, scored[0]
 
 
-@pytest.mark.parametrize("architecture", ["opt", "opt_projected", "gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["opt", "opt_projected", "gpt2", "llama", "qwen3"])
 def test_scoring_labelled_positions_only_gives_the_same_loss_and_gradients_from_fewer_positions(
     tiny_models: Any, architecture: str
 ) -> None:
     pad_id = tiny_models.tokenizer.pad_token_id
     untouched, untouched_gradients, every_position = fused_loss(tiny_models.build(architecture), pad_id)
-    score_labelled_positions_only()
+    make_head_fast()
     compact, gradients, labelled_positions = fused_loss(tiny_models.build(architecture), pad_id)
     torch.testing.assert_close(compact, untouched, **ROUNDING)
     assert gradients.keys() == untouched_gradients.keys()
@@ -74,16 +75,40 @@ def test_scoring_labelled_positions_only_gives_the_same_loss_and_gradients_from_
 
 def test_trl_still_has_the_names_that_the_adapter_touches() -> None:
     assert callable(trl.trainer.utils._use_triton)
-    assert "compact = _use_triton(" in inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+    head = inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+    assert "compact = _use_triton(" in head
+    assert "per_token = _ChunkedLogProbFunction.apply(" in head
+    theirs = trl.kernels.ChunkedLogProbFunction.forward
+    assert [*inspect.signature(theirs).parameters][1:] == [*inspect.signature(trl_adapter._Head.apply).parameters]
     for name in ("_prepare_dataset", "_precompute_ref_logps"):
         assert f"self.{name}(" in inspect.getsource(DPOTrainer), f"DPOTrainer no longer calls {name}"
         assert name in vars(trl_adapter.TokenizedDPOTrainer)
 
 
-def test_a_trl_without_the_private_name_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(trl.trainer.utils, "_use_triton")
-    with pytest.raises(ImportError, match=r"no _use_triton: this TRL version needs a new adapter"):
-        score_labelled_positions_only()
+@pytest.mark.parametrize("name", ["_use_triton", "_ChunkedLogProbFunction"])
+def test_a_trl_without_a_private_name_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delattr(trl.trainer.utils, name)
+    with pytest.raises(ImportError, match=rf"no {name}: this TRL version needs a new adapter"):
+        make_head_fast()
+
+
+def test_the_heads_gradients_are_those_of_cross_entropy_and_its_likeliest_tokens_the_logits() -> None:
+    torch.manual_seed(0)
+    tokens, width, vocabulary = 600, 8, 50  # more tokens than are computed at once
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
+    bias, targets = torch.randn(vocabulary), torch.randint(vocabulary, (tokens,))
+    wanted = torch.randn(tokens)
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+    logprobs, _, _, _, is_top1 = trl_adapter._Head.apply(*leaves, targets, 1.0, 32768, None, 1.0, ("log_probs",))
+    (logprobs * wanted).sum().backward()
+    plain = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+    logits = torch.nn.functional.linear(*plain)
+    expected = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (expected * wanted).sum().backward()
+    torch.testing.assert_close(logprobs, expected, **ROUNDING)
+    assert torch.equal(is_top1, logits.argmax(-1) == targets)
+    for leaf, other in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)  # sums of 600 terms of size 1
 
 
 class TestDpo:

@@ -51,7 +51,7 @@ def test_a_preference_that_can_be_seen_is_learned(smoke: Any, tmp_path: Path) ->
     log = ProgressLog(tmp_path / "progress.jsonl")
     torch.manual_seed(0)
     result = smoke.run(
-        "reward_model", tmp_path / "run", log, inputs={"pairs": tmp_path / "pairs"}, learning_rate=1e-2, max_steps=20,
+        "reward_model", tmp_path / "run", log, inputs={"pairs": tmp_path / "pairs"}, learning_rate=1e-2, max_steps=30,
         epochs=20.0,
     )  # fmt: skip
     losses = [metrics["train/loss"] for metrics in metric_series(log.path).values()]
