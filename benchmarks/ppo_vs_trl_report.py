@@ -182,6 +182,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
