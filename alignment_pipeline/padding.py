@@ -73,22 +73,25 @@ def passes(lengths: Sequence[int], pass_tokens: int = PASS_TOKENS) -> list[list[
 def without_padding(trunk: Any) -> Iterator[None]:
     """Within, the trunk computes a right-padded batch in passes of similarly long rows, each as short as its longest.
 
-    Hidden states at real tokens are what they are otherwise, up to rounding; at padding they are zero. A trunk that
-    reads only backwards gets no attention mask: real tokens cannot see what is on their right, and without a mask
-    attention takes its fast path.
+    Hidden states at real tokens are what they are otherwise, up to rounding; at padding they are zero. No pass has an
+    attention mask: real tokens cannot see what is on their right, and without a mask attention takes its fast path.
+
+    A trunk that reads in both directions is left as it is: it needs the mask, and may give more than hidden states.
 
     Args:
         trunk: The model without a head, as a transformers model's `base_model`; may be inside a PEFT model.
     """
-    original, causal = trunk.forward, reads_only_backwards(trunk)
-    trunk.forward = _in_passes(original, causal)
+    if not reads_only_backwards(trunk):
+        yield
+        return
+    trunk.forward = _in_passes(trunk.forward)
     try:
         yield
     finally:
         del trunk.forward  # the class's own again
 
 
-def _in_passes(original: Callable[..., Any], causal: bool) -> Callable[..., Any]:
+def _in_passes(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(input_ids: torch.Tensor | None = None, attention_mask: Any = None, **options: Any) -> Any:
         is_batch = input_ids is not None and attention_mask is not None and options.get("position_ids") is None
         if input_ids is None or not is_batch or not bool(attention_mask[:, 0].all()):
@@ -98,8 +101,7 @@ def _in_passes(original: Callable[..., Any], causal: bool) -> Callable[..., Any]
         states: list[torch.Tensor] = []
         for rows in groups:
             columns = max(lengths[row] for row in rows)
-            mask = None if causal else attention_mask[rows, :columns]
-            found = original(input_ids[rows, :columns], attention_mask=mask, **options).last_hidden_state
+            found = original(input_ids[rows, :columns], **options).last_hidden_state
             states.append(torch.nn.functional.pad(found, (0, 0, 0, input_ids.shape[1] - columns)))
         place = torch.tensor([row for rows in groups for row in rows], device=input_ids.device).argsort()
         return BaseModelOutputWithPast(last_hidden_state=torch.cat(states)[place])

@@ -153,7 +153,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ),
         (["ppo.kl_target_nats=6", "ppo.kl_horizon=7"], "ppo.kl_horizon: found 7, expected at least rollout_batch_size"),
         (["ppo.reward_function=rewards"], "expected file.py:function"),
-        (["evaluation=null", "decoding=null"], "evaluation: missing, expected one beside sft and ppo and dpo, whose policy"),
+        (["evaluation=null", "decoding=null"], "evaluation: missing, expected one beside sft and ppo and dpo"),
         (["labelling.method=dataset_pair"], "labelling.method: found dataset_pair, but rows are no pairs; expected da"),
         (
             [*TEXTS, "data.text_field=null", "data.form=preferences", "labelling.method=dataset_pair"],

@@ -296,13 +296,17 @@ def test_a_body_that_lacks_weights_is_refused(tmp_path: Path, pairs: Path) -> No
         train(tmp_path / "run", pairs, path)
 
 
-def test_a_classifier_with_several_labels_is_refused(tmp_path: Path, pairs: Path) -> None:
+def test_a_classifier_with_several_labels_gets_a_head_of_its_own(tmp_path: Path, pairs: Path) -> None:
     path = given("distilbert", tmp_path / "given")
     config = DistilBertConfig.from_pretrained(path)
     config.num_labels = 3
-    DistilBertForSequenceClassification(config).save_pretrained(path)
-    with pytest.raises(ModelError, match=r"^reward_model: .*given cannot be loaded"):
-        train(tmp_path / "run", pairs, path)
+    body = DistilBertForSequenceClassification(config)
+    body.save_pretrained(path)
+    train(tmp_path / "run", pairs, path, max_steps=1, learning_rate=1e-9)
+    made = DistilBertForSequenceClassification.from_pretrained(tmp_path / "run" / "output" / "model")
+    assert made.classifier.weight.shape[0] == 1
+    kept = made.distilbert.embeddings.word_embeddings.weight
+    assert torch.allclose(kept, body.distilbert.embeddings.word_embeddings.weight, atol=1e-6)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path, pairs: Path) -> None:
