@@ -20,6 +20,7 @@ The files beside this one: `_workload` (what both sides start from), `_plain` an
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,12 +70,14 @@ def main() -> None:
             for run in (run_plain_scripts, run_recipe)[:: 1 if repeat % 2 == 0 else -1]:
                 wholes.append(run(folder / f"whole_{repeat}", workload, arguments.steps, BATCH_SIZE, SEED))
                 _console.print(f"{wholes[-1]['side']}: {wholes[-1]['total_s']:.0f} s {wholes[-1]['parts_s']}")
-        parameters = load_causal_lm(workload.base_model / MODEL_FOLDER).num_parameters()
+        base = workload.base_model / MODEL_FOLDER
+        parameters, sft_loss = load_causal_lm(base).num_parameters(), held_out_loss("sft", base, workload)
     result = {
         "settings": {"steps": arguments.steps, "threads": arguments.threads, "batch_size": BATCH_SIZE},
         "machine": machine() | {"load_before": load_before},
         "versions": {"torch": torch.__version__, "trl": _version("trl"), "transformers": _version("transformers")},
         "parameters": parameters,
+        "losses_before": {"sft": sft_loss, "reward": math.log(2), "dpo": math.log(2)},
         "runs": runs,
         "wholes": wholes,
         "profiles": profiles,

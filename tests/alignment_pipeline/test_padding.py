@@ -1,6 +1,7 @@
 """Fewer padding tokens, the same numbers."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class TestOrder:
         shuffled = [list(range(start, start + 8)) for start in range(0, 200, 8)]
         assert padded(LENGTHS, steps) < 1.2 * sum(LENGTHS) < 0.8 * padded(LENGTHS, shuffled)
         longest = [max(LENGTHS[row] for row in step) for step in steps]
-        assert longest not in (sorted(longest), sorted(longest, reverse=True))
+        falls = sum(later < earlier for earlier, later in pairwise(longest))
+        assert 8 <= falls <= 16  # of 24; within a window alone they would all rise
 
     def test_the_seed_decides(self) -> None:
         assert order_by_length(LENGTHS, 8, 1, seed=0) == order_by_length(LENGTHS, 8, 1, seed=0)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignment_pipeline.errors import RecipeError
+from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.recipe import load_recipe
 
@@ -42,6 +43,10 @@ def test_sft_in_bfloat16_has_nearly_the_losses_of_float32_and_keeps_float32_weig
 
 def test_dpo_in_bfloat16_starts_at_ln_2(smoke: Any, tmp_path: Path) -> None:
     smoke.run("reference_logprobs", tmp_path / "reference", **BFLOAT16)
+    rows = [read_jsonl(folder / "train.jsonl")[0] for folder in
+            (tmp_path / "reference" / "output", smoke.artifact("reference_logprobs"))]  # fmt: skip
+    assert rows[0]["ref_chosen_logprob"] == pytest.approx(rows[1]["ref_chosen_logprob"], rel=0.01)
+    assert rows[0]["ref_chosen_logprob"] != pytest.approx(rows[1]["ref_chosen_logprob"], rel=1e-6)
     log = ProgressLog(tmp_path / "progress.jsonl")
     reference = {"reference_logprobs": tmp_path / "reference" / "output"}
     smoke.run("dpo_policy", tmp_path / "dpo", log, inputs=reference, max_steps=1, **BFLOAT16)
@@ -75,7 +80,7 @@ def test_every_trainer_takes_the_architecture_and_dpo_starts_at_ln_2_with_dropou
     changes = {"method": method, "max_steps": 2}
     logs = {asset: ProgressLog(tmp_path / f"{asset}.jsonl") for asset in ("sft_model", "reward_model", "dpo_policy")}
     smoke.run("sft_model", tmp_path / "sft", logs["sft_model"], inputs={"base_model": base}, **changes)
-    trunk = {"trunk": tmp_path / "sft" / "output"}
+    trunk = {"trunk": base}  # whose configuration has the dropout; that of what SFT saves has none
     smoke.run("reward_model", tmp_path / "reward", logs["reward_model"], inputs=trunk, **changes)
     smoke.run("reference_logprobs", tmp_path / "reference", inputs=trunk)
     reference = trunk | {"reference_logprobs": tmp_path / "reference" / "output"}
