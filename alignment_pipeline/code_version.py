@@ -15,7 +15,9 @@ from typing import Any
 
 _PACKAGE = "alignment_pipeline"
 _ROOT = Path(__file__).parent.parent
-_NOT_COUNTED = frozenset(f"{_PACKAGE}.{name}" for name in ("configs", "errors", "progress", "pacing", "plots", "stage"))
+_NOT_COUNTED = frozenset(
+    f"{_PACKAGE}.{name}" for name in ("configs", "decoding_configs", "errors", "progress", "pacing", "plots", "stage")
+)
 _NOT_RUN = frozenset({"kind"})  # the u of u"text"
 
 

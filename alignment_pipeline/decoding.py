@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment_pipeline.beam_search import beam_search
-from alignment_pipeline.configs import DecodingFields
+from alignment_pipeline.decoding_configs import DecodingFields
 from alignment_pipeline.generation import Response, generate
 from alignment_pipeline.tokenization import TokenIds
 

@@ -44,7 +44,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Distribution:
-    """How the next token's distribution follows from the logits; the fields are those of `configs.DecodingFields`."""
+    """How the next token's distribution follows from the logits; its fields are `DecodingFields`'."""
 
     temperature: float
     top_k: int | None = None

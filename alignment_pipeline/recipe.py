@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alignment_pipeline import configs
+from alignment_pipeline.decoding_configs import DecodingSweepConfig, EvaluationConfig
 from alignment_pipeline.errors import RecipeError
 
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
@@ -40,8 +41,8 @@ class Recipe(BaseModel):
     reference_logprobs: configs.ReferenceLogprobsConfig = Field(default_factory=configs.ReferenceLogprobsConfig)
     dpo: configs.DpoConfig | None = None
     ppo: configs.PpoConfig | None = None
-    evaluation: configs.EvaluationConfig | None = None
-    decoding: configs.DecodingSweepConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    decoding: DecodingSweepConfig | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ import warnings
 from pydantic import ValidationError
 from rich.console import Console
 
-from alignment_pipeline.configs import DecodingFields
+from alignment_pipeline.decoding_configs import DecodingFields
 from alignment_pipeline.errors import MissingArtifactError, RecipeError
 from alignment_pipeline.graph import build_graph, trunk_asset
 from alignment_pipeline.limits import max_positions

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment_pipeline import atomic
 from alignment_pipeline.bleu import bleu_change
-from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.decoding_configs import EvaluationConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES

@@ -11,8 +11,8 @@ from typing import Any
 
 from alignment_pipeline import atomic
 from alignment_pipeline.bleu import corpus_bleu
-from alignment_pipeline.configs import DecodingFields, DecodingSweepConfig
 from alignment_pipeline.decoding import in_words, respond
+from alignment_pipeline.decoding_configs import DecodingFields, DecodingSweepConfig
 from alignment_pipeline.diversity import distinct, repetition
 from alignment_pipeline.generation import Response
 from alignment_pipeline.identity import read_jsonl, write_jsonl

@@ -16,8 +16,8 @@ import torch
 from alignment_pipeline import atomic
 from alignment_pipeline.bleu import corpus_bleu
 from alignment_pipeline.classifier import ClassifierScorer, whole_texts
-from alignment_pipeline.configs import DecodingSweepConfig, EvaluationConfig
 from alignment_pipeline.decoding import in_words, respond
+from alignment_pipeline.decoding_configs import DecodingSweepConfig, EvaluationConfig
 from alignment_pipeline.errors import ModelError
 from alignment_pipeline.generation import Response
 from alignment_pipeline.identity import read_jsonl, write_jsonl

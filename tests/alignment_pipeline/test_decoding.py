@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, pipeline
 
 from alignment_pipeline.beam_search import beam_search
-from alignment_pipeline.configs import DecodingFields
 from alignment_pipeline.decoding import in_words, respond
+from alignment_pipeline.decoding_configs import DecodingFields
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.generation import generate
 

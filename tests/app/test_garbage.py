@@ -11,6 +11,7 @@ import duckdb
 import pytest
 
 from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.preferences import pair_id
 from resources.artifact_store import ArtifactRef, ArtifactStore, short_id
 from resources.leakage import CHECK, EVALUATING
 from resources.lineage.index import Lineage
@@ -117,7 +118,8 @@ def leaking_pairs(copy_of_home: Path) -> tuple[ArtifactRef, str]:
     staging = store.new_staging()
     shutil.copytree(store.path(true), staging, dirs_exist_ok=True)
     pairs = read_jsonl(staging / "train.jsonl")
-    planted = {**pairs[0], "id": "planted", "prompt_id": example["prompt_id"], "prompt": example["prompt"]}
+    planted = {**pairs[0], "prompt_id": example["prompt_id"], "prompt": example["prompt"]}
+    planted["id"] = pair_id(planted["prompt"], planted["chosen"], planted["rejected"])
     write_jsonl(staging / "train.jsonl", [*pairs, planted])
     forged = store.publish(staging, true.stage, "f" * 64, store.manifest(true) | {"key": "f" * 64})
     runs.start("forged", "smoke", "test", ["preference_pairs"])
@@ -138,7 +140,7 @@ def test_a_planted_pair_on_a_test_prompt_is_named_and_nothing_is_compared(
         f"Error in dpo_evaluation: {CHECK} does not hold, nothing downstream was made: "
         f"1 of 24 evaluated prompts were trained on: {prompt_id} in {forged.artifact_id}."
     )
-    assert expected in done.stdout
+    assert expected in done.stdout, done.stdout
     runs = RunRecords(copy_of_home)
     made = runs.all()[-1]
     assert made["status"] == "failed" and made["assets"].keys() >= {"dpo_policy", "dpo_evaluation"}

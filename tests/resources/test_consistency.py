@@ -54,3 +54,16 @@ def test_the_same_content_computed_twice_is_one_version(tmp_path: Path) -> None:
         staged.append(store.publish(staging, "sft_model", key * 64, {"inputs": {}, "metrics": {}, "created_at": key}))
     policy = publish(store, "ppo_policy", "c", trunk=staged[0])
     require_one_lineage(store, "ppo_evaluation", {"sft_model": staged[1], "ppo_policy": policy})
+
+
+def test_rows_that_came_from_two_sources_are_the_same_rows(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    rows = [publish(store, "instructions", letter) for letter in "ab"]
+    datasets = []
+    for key, source in zip("cd", rows, strict=True):
+        staging = store.new_staging()
+        (staging / "data.json").write_text('"same"')
+        made = {"inputs": {"instructions": source.as_dict()}, "metrics": {}, "created_at": key}
+        datasets.append(store.publish(staging, "formatted_dataset", key * 64, made))
+    policy = publish(store, "dpo_policy", "e", pairs=publish(store, "preference_pairs", "f", dataset=datasets[0]))
+    require_one_lineage(store, "dpo_evaluation", {"formatted_dataset": datasets[1], "dpo_policy": policy})

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from alignment_pipeline.configs import EvaluationConfig
+from alignment_pipeline.decoding_configs import EvaluationConfig
 from alignment_pipeline.errors import DataError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
 from alignment_pipeline.progress import ProgressLog

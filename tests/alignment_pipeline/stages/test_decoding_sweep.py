@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from alignment_pipeline.configs import DecodingSweepConfig
 from alignment_pipeline.decoding import in_words, respond
+from alignment_pipeline.decoding_configs import DecodingSweepConfig
 from alignment_pipeline.diversity import distinct
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.models import load_policy, load_tokenizer
