@@ -218,8 +218,10 @@ class TrainerFields(AdapterFields):
         description="by_length: rows of similar length share a step, so that little is padded. shuffled: any rows.",
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimizer step.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; max_steps ends training earlier.")
-    max_steps: int | None = Field(None, ge=1, description="Upper bound of optimizer steps; null for none.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows, where max_steps is null.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps, over as many passes as they take; null: as many as epochs takes."
+    )
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     checkpoint_every_s: float = Field(

@@ -20,29 +20,33 @@ PASS_TOKENS = 64
 """Tokens of padding that one more forward pass is worth."""
 
 
-def order_by_length(lengths: Sequence[int], step_rows: int, epochs: float, seed: int) -> list[int]:
+def order_by_length(lengths: Sequence[int], step_rows: int, rows: int, seed: int) -> list[int]:
     """Row numbers in the order of training: rows of a step are similarly long, the order of steps is random.
+
+    Every pass over the rows is in another order. Of a pass that fills no last step, what is left over comes first in
+    the next one's draw, so that every step but the very last is full.
 
     Args:
         lengths: Tokens of each row.
         step_rows: Rows an optimizer step.
-        epochs: Passes over the rows, each in another order.
+        rows: Length of the order: so many times the rows as there are passes.
         seed: Of the order.
     """
     draw = random.Random(f"order by length/{seed}")
     window = step_rows * max(1, min(_WINDOW_STEPS, len(lengths) // (_LEAST_WINDOWS * step_rows)))
-    wanted = max(1, round(epochs * len(lengths)))
     order: list[int] = []
-    while len(order) < wanted:
-        rows = draw.sample(range(len(lengths)), len(lengths))
+    left: list[int] = []
+    while len(order) + len(left) < rows:
+        drawn = left + draw.sample(range(len(lengths)), len(lengths))
+        full = len(drawn) - len(drawn) % step_rows
+        left = drawn[full:]
         steps: list[list[int]] = []
-        for start in range(0, len(rows), window):
-            similar = sorted(rows[start : start + window], key=lambda row: lengths[row])
+        for start in range(0, full, window):
+            similar = sorted(drawn[start : min(start + window, full)], key=lambda row: lengths[row])
             steps += [similar[first : first + step_rows] for first in range(0, len(similar), step_rows)]
         draw.shuffle(steps)
-        steps.sort(key=lambda step: len(step) < step_rows)  # what fills no step comes last, or it would split others
         order += [row for step in steps for row in step]
-    return order[:wanted]
+    return (order + left)[:rows]
 
 
 def passes(lengths: Sequence[int], pass_tokens: int = PASS_TOKENS) -> list[list[int]]:

@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 
 from alignment_pipeline.tokenization import TokenIds
 
+HEAD_ROWS = 512
+"""Response tokens that the language-model head is applied to at once: of a large vocabulary a batch's logits would not
+fit into memory."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -145,6 +149,8 @@ def sum_logprobs(
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in by_length(lengths, batch_size):
         batch = pack([prompts[row] for row in rows], [responses[row] for row in rows], pad_id, model.device)
-        logprobs = chosen_logprobs(response_logits(model, batch), response_tokens(batch))
+        hidden, tokens = response_hidden(model, batch), response_tokens(batch)
+        parts = zip(torch.split(hidden, HEAD_ROWS), torch.split(tokens, HEAD_ROWS), strict=True)
+        logprobs = torch.cat([chosen_logprobs(apply_head(model, few), chosen) for few, chosen in parts])
         sums.update(zip(rows, per_row(logprobs, batch).tolist(), strict=True))
     return [sums[row] for row in range(len(lengths))]

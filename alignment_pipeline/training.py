@@ -84,7 +84,8 @@ def training_dataset(rows: list[dict[str, Any]], lengths: Sequence[int], spec: S
     if config.batching == "shuffled":
         return dataset
     step_rows = config.batch_size * config.gradient_accumulation_steps
-    return dataset.select(order_by_length(lengths, step_rows, config.epochs, spec.seed))
+    wanted = config.max_steps * step_rows if config.max_steps else max(1, round(config.epochs * len(rows)))
+    return dataset.select(order_by_length(lengths, step_rows, wanted, spec.seed))
 
 
 def train(trainer: Any, spec: StageSpec[Any], log: ProgressLog) -> None:

@@ -129,8 +129,8 @@ def _base(record: PolicyRecord) -> str:
     made = record.lineage["base_model"]
     size = f"{made.manifest['metrics']['base/parameters']:,.0f} parameters"
     if name := _hub_name(record, "base_model"):
-        revision = made.manifest["config"]["hub_revision"]
-        where = f" (revision `{revision}`)" if revision else ""
+        read = record.base_commit or made.manifest["config"]["hub_revision"]
+        where = f" at commit `{read}`" if read else ""
         return f"The base model is `{name}` of the Hugging Face hub{where}, with {size}."
     if folder := made.files().get("source"):
         return f"The base model was read from a folder with the sha256 `{folder['sha256']}` and has {size}."
@@ -140,6 +140,8 @@ def _base(record: PolicyRecord) -> str:
 def _usage(record: PolicyRecord) -> str:
     recipe = record.recipe
     prompt, template = _prompt_code(record)
+    # A chat template writes the leading token itself.
+    special = ", add_special_tokens=False" if "apply_chat_template" in prompt else ""
     config = record.measured.evaluation.manifest["config"] if record.measured else _evaluation_settings(record)
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,7 +149,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 prompt = {prompt}
-tokens = tokenizer(prompt, return_token_type_ids=False, return_tensors="pt")
+tokens = tokenizer(prompt{special}, return_token_type_ids=False, return_tensors="pt")
 answer = model.generate(**tokens, {_generate_options(config)})
 print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))"""
     return (

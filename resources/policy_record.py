@@ -80,6 +80,7 @@ class PolicyRecord:
         overrides: What `align run` needs beside the recipe's name to make the same; files without their folders.
         licences: Section of the recipe that names a source → its licence, None if it is not stated.
         hub_commit: Commit of a hub dataset that was read.
+        base_commit: Commit of a base model of the hub.
     """
 
     recipe: Recipe
@@ -90,6 +91,7 @@ class PolicyRecord:
     overrides: tuple[str, ...]
     licences: Mapping[str, str | None]
     hub_commit: str | None
+    base_commit: str | None
 
     @property
     def itself(self) -> Made:
@@ -135,7 +137,8 @@ def gather(
         checks=tuple(_checks(lineage, policy, measured)),
         overrides=tuple(_needed_overrides(recipe, overrides, lineage, measured)),
         licences=_licences(recipe, overrides, lineage),
-        hub_commit=_hub_commit(store, lineage),
+        hub_commit=_hub_commit(store, lineage, "instructions"),
+        base_commit=_hub_commit(store, lineage, "base_model"),
     )
 
 
@@ -325,9 +328,9 @@ def _is_same_source(node: StageNode, made: Made) -> bool:
     )
 
 
-def _hub_commit(store: ArtifactStore, lineage: Mapping[str, Made]) -> str | None:
-    if "instructions" not in lineage:
+def _hub_commit(store: ArtifactStore, lineage: Mapping[str, Made], asset: str) -> str | None:
+    if asset not in lineage:
         return None
-    path: Path = store.path(lineage["instructions"].ref) / EXTRAS / "source.json"
+    path: Path = store.path(lineage[asset].ref) / EXTRAS / "source.json"
     source: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return source.get("commit")

@@ -21,6 +21,7 @@ import torch
 from alignment_pipeline.configs import PpoConfig
 from alignment_pipeline.models import POLICY_ADAPTER, add_reward_adapter, autocast, lora_config, with_adapter
 from alignment_pipeline.sequences import (
+    HEAD_ROWS,
     TokenBatch,
     apply_head,
     causal_lm_of,
@@ -29,9 +30,6 @@ from alignment_pipeline.sequences import (
     response_hidden,
     response_tokens,
 )
-
-HEAD_ROWS = 512
-"""Response tokens that the language-model head is applied to at once. Training keeps their log-softmax, (N, V)."""
 
 _VALUE_ADAPTER = "value"
 _REWARD_ADAPTER = "reward"

@@ -2,8 +2,9 @@
 
 Each prompt gets one response. BLEU is corpus BLEU of the responses against the dataset's answers; the KL from the trunk
 is exact at each token of the response (a sum over the vocabulary), added up over the response. Both distributions are
-taken at the sampling temperature (1 for greedy responses), so that over sampled responses the mean is an unbiased
-estimate of KL(policy ‖ trunk) in nats a response, of the two as they are used.
+taken at the sampling temperature, so that over sampled responses the mean is an unbiased estimate of KL(policy ‖ trunk)
+in nats a response. Greedy, beam, truncated (top-k, top-p) and penalised responses are not draws from the policy: over
+them it is the divergence of the whole distributions, at temperature 1 without sampling, along the responses given.
 
 The learned score is the recipe's reward: the reward model's score, or the reward classifier's logit of its label.
 """
@@ -25,7 +26,7 @@ from alignment_pipeline.judges import JUDGE_TITLES, judge
 from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.reward import RewardScorer
-from alignment_pipeline.sequences import by_length, pack, per_row, response_logits
+from alignment_pipeline.sequences import HEAD_ROWS, apply_head, by_length, pack, per_row, response_hidden
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.statistics import mean
 from alignment_pipeline.tokenization import TokenIds, encode_prompts
@@ -106,8 +107,13 @@ def exact_kl(
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in by_length(lengths, batch_size):
         batch = pack([prompts[row] for row in rows], [responses[row] for row in rows], pad_id, policy.device)
-        ours, theirs = ((response_logits(model, batch) / temperature).log_softmax(-1) for model in (policy, trunk))
-        kl = per_row((ours.exp() * (ours - theirs)).sum(-1), batch)
+        hidden = [torch.split(response_hidden(model, batch), HEAD_ROWS) for model in (policy, trunk)]
+        parts = []
+        for few, few_of_trunk in zip(*hidden, strict=True):
+            ours = (apply_head(policy, few) / temperature).log_softmax(-1)
+            theirs = (apply_head(trunk, few_of_trunk) / temperature).log_softmax(-1)
+            parts.append((ours.exp() * (ours - theirs)).sum(-1))
+        kl = per_row(torch.cat(parts), batch)
         # Rounding can leave a sum of zeros at -1e-7; a divergence is not negative.
         sums.update(zip(rows, kl.clamp(min=0.0).tolist(), strict=True))
     return [sums[row] for row in range(len(lengths))]

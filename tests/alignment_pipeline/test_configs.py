@@ -6,19 +6,24 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from alignment_pipeline import configs
+from alignment_pipeline import configs, decoding_configs
 from alignment_pipeline.configs import (
     BaseModelConfig,
     DataConfig,
-    DecodingSweepConfig,
     PpoConfig,
     RewardClassifierConfig,
     RewardModelConfig,
     SftConfig,
     StageConfig,
 )
+from alignment_pipeline.decoding_configs import DecodingSweepConfig
 
-SECTIONS = [section for _, section in inspect.getmembers(configs, inspect.isclass) if issubclass(section, StageConfig)]
+SECTIONS = [
+    section
+    for module in (configs, decoding_configs)
+    for _, section in inspect.getmembers(module, inspect.isclass)
+    if issubclass(section, StageConfig) and section.__module__ == module.__name__
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

@@ -1,6 +1,7 @@
 """Fewer padding tokens, the same numbers."""
 
 import random
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,24 @@ def padded(lengths: list[int], steps: list[list[int]]) -> int:
 
 
 class TestOrder:
-    def test_each_pass_has_every_row_once_and_another_order(self) -> None:
-        order = order_by_length(LENGTHS, 8, epochs=2, seed=0)
-        first, second = order[: len(LENGTHS)], order[len(LENGTHS) :]
-        assert sorted(first) == sorted(second) == list(range(len(LENGTHS)))
-        assert first != second
+    def test_two_passes_have_every_row_twice_and_are_of_another_order(self) -> None:
+        order = order_by_length(LENGTHS, 8, 2 * len(LENGTHS), seed=0)
+        assert Counter(order) == Counter(2 * list(range(len(LENGTHS))))
+        assert order[:200] != order[200:400] and len(set(order[:200])) == 200
 
     def test_a_share_of_a_pass_is_a_share_of_the_rows(self) -> None:
-        assert len(order_by_length(LENGTHS, 8, epochs=0.5, seed=0)) == round(len(LENGTHS) / 2)
-        assert len(set(order_by_length(LENGTHS, 8, epochs=1.5, seed=0))) == len(LENGTHS)
+        assert (
+            len(order_by_length(LENGTHS, 8, 100, seed=0)) == len(set(order_by_length(LENGTHS, 8, 100, seed=0))) == 100
+        )
+        assert len(order_by_length(LENGTHS, 8, 300, seed=0)) == 300
+
+    def test_steps_of_later_passes_hold_similar_rows_too(self) -> None:
+        order = order_by_length(LENGTHS, 8, 3 * len(LENGTHS), seed=0)
+        steps = [order[start : start + 8] for start in range(0, len(order), 8)]
+        assert padded(LENGTHS, steps) < 1.2 * 3 * sum(LENGTHS)
 
     def test_steps_hold_similar_rows_and_come_in_no_order_of_length(self) -> None:
-        order = order_by_length(LENGTHS, 8, epochs=1, seed=0)
+        order = order_by_length(LENGTHS, 8, len(LENGTHS), seed=0)
         steps = [order[start : start + 8] for start in range(0, 200, 8)]
         shuffled = [list(range(start, start + 8)) for start in range(0, 200, 8)]
         assert padded(LENGTHS, steps) < 1.2 * sum(LENGTHS) < 0.8 * padded(LENGTHS, shuffled)
@@ -54,11 +61,11 @@ class TestOrder:
         assert 8 <= falls <= 16  # of 24; within a window alone they would all rise
 
     def test_the_seed_decides(self) -> None:
-        assert order_by_length(LENGTHS, 8, 1, seed=0) == order_by_length(LENGTHS, 8, 1, seed=0)
-        assert order_by_length(LENGTHS, 8, 1, seed=0) != order_by_length(LENGTHS, 8, 1, seed=1)
+        assert order_by_length(LENGTHS, 8, len(LENGTHS), seed=0) == order_by_length(LENGTHS, 8, len(LENGTHS), seed=0)
+        assert order_by_length(LENGTHS, 8, len(LENGTHS), seed=0) != order_by_length(LENGTHS, 8, len(LENGTHS), seed=1)
 
     def test_fewer_rows_than_a_step_are_one_short_step(self) -> None:
-        assert sorted(order_by_length([3, 1, 2], 8, epochs=1, seed=0)) == [0, 1, 2]
+        assert sorted(order_by_length([3, 1, 2], 8, 3, seed=0)) == [0, 1, 2]
 
 
 class TestPasses:
