@@ -129,8 +129,9 @@ def _base(record: PolicyRecord) -> str:
     made = record.lineage["base_model"]
     size = f"{made.manifest['metrics']['base/parameters']:,.0f} parameters"
     if name := _hub_name(record, "base_model"):
-        read = record.base_commit or made.manifest["config"]["hub_revision"]
-        where = f" at commit `{read}`" if read else ""
+        revision = made.manifest["config"]["hub_revision"]
+        where = f" (revision `{revision}`)" if revision else ""
+        where += f" at commit `{record.base_commit}`" if record.base_commit else ""
         return f"The base model is `{name}` of the Hugging Face hub{where}, with {size}."
     if folder := made.files().get("source"):
         return f"The base model was read from a folder with the sha256 `{folder['sha256']}` and has {size}."

@@ -94,11 +94,11 @@ def test_the_hubs_own_classes_read_the_metadata_back(smoke_home: Path, tmp_path:
 def test_names_on_the_hub_stand_in_the_metadata_and_in_the_text(smoke_home: Path) -> None:
     record = with_config(record_of(smoke_home), "base_model", hub_name="facebook/opt-350m", hub_revision="main")
     record = with_config(record, "instructions", hub_name="sahil2801/CodeAlpaca-20k", hub_split="train")
-    text = model_card(dataclasses.replace(record, hub_commit="abc123"))
+    text = model_card(dataclasses.replace(record, hub_commit="abc123", base_commit="def456"))
     card = ModelCard(text)
     assert card.data.base_model == "facebook/opt-350m" and card.data.datasets == ["sahil2801/CodeAlpaca-20k"]
     assert {result.dataset_type for result in card.data.eval_results} == {"sahil2801/CodeAlpaca-20k"}
-    assert "The base model is `facebook/opt-350m` of the Hugging Face hub (revision `main`)" in text
+    assert "The base model is `facebook/opt-350m` of the Hugging Face hub (revision `main`) at commit `def456`" in text
     assert "split `train` of the Hugging Face dataset `sahil2801/CodeAlpaca-20k` at commit `abc123`" in text
 
 
