@@ -72,7 +72,11 @@ class DataConfig(StageConfig):
         "hub_name. Relative to the recipe's folder, or to the current folder when set on the command line.",
         json_schema_extra=UNKEYED,
     )
-    hub_name: str | None = Field(None, description="Dataset on the Hugging Face hub, for example owner/name.")
+    hub_name: str | None = Field(
+        None,
+        description="Dataset on the Hugging Face hub, for example owner/name. All files of the repository are fetched, "
+        "or with hub_data_dir those of that folder.",
+    )
     hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
     hub_split: str = Field("train", description="Split of the hub dataset that is read.")
     hub_config: str | None = Field(

@@ -1,10 +1,11 @@
 """Reading a dataset of the Hugging Face hub, at one commit, and knowing what was read by its content."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from alignment_pipeline import rows
@@ -29,7 +30,7 @@ def read_hub_chunks(
         revision: Commit or tag; None takes the main branch.
         split: Split to read.
         config: One of the configurations that the repository names; None takes its default.
-        data_dir: Folder of the repository to read; None takes what the repository says.
+        data_dir: Folder of the repository to read; None takes what the repository says. No other files are fetched.
 
     Returns:
         The rows in chunks, and the commit they come from.
@@ -46,7 +47,9 @@ def read_hub_chunks(
     wanted = f"hub dataset {name}, revision {revision or 'main'}, {parts}"
     # Both libraries raise many unrelated classes (OSError, ValueError, httpx's, their own) for one problem here.
     try:
-        snapshot = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision)
+        snapshot = huggingface_hub.snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=_needed(data_dir)
+        )
         dataset = datasets.load_dataset(snapshot, config, data_dir=data_dir, split=split)
     except Exception as error:
         raise DataError(
@@ -58,6 +61,14 @@ def read_hub_chunks(
     starts = range(0, len(dataset), step)
     selected = (dataset.select(range(start, min(start + step, len(dataset)))) for start in starts)
     return value_chunks(chain.from_iterable(part.to_list() for part in selected)), Path(snapshot).name
+
+
+def _needed(data_dir: str | None) -> list[str] | None:
+    """Patterns of the files to fetch: the folder to read, and what `datasets` reads about it; None is all of them."""
+    if data_dir is None:
+        return None
+    folder = PurePosixPath(glob.escape(data_dir))
+    return [str(folder / "*"), "README.md", ".huggingface.yaml", "dataset_infos.json"]
 
 
 def note_content(chunks: Iterator[Values], source: dict[str, Any]) -> Iterator[Values]:

@@ -5,7 +5,8 @@ Belongs here: columns, texts, dialogues and chat messages. Identity, duplicates 
 - instructions: {instruction, output} and, if there is one, {input}; or with `data.text_field` one plain text.
 - preferences: {prompt, chosen, rejected} as texts; {chosen, rejected} as dialogues "\\n\\nHuman: …\\n\\nAssistant: …"
   with the prompt in both (Anthropic's hh-rlhf); or chosen and rejected as lists of {role, content}, which hold the
-  prompt too or answer the prompt beside them, a text or a list of messages.
+  prompt too or answer the prompt beside them, a text or a list of messages. A prompt beside sides that hold it has to
+  be a copy.
 - conversations: {messages}, or {prompt, completion} of messages or texts. The last message is the output.
 
 Texts and messages are kept byte for byte. Of a dialogue each turn is kept without the white space around it, which
@@ -155,20 +156,24 @@ def _answered(name: str, record: Record) -> tuple[list[Message], str]:
     side, given = record[name], record.get("prompt")
     if isinstance(side, str):
         _text(name, side)
-        if given is not None:
-            is_dialogue = isinstance(given, str) and given.startswith(_DIALOGUE)
-            return _given_prompt(given), side.strip() if is_dialogue else side
-        if not side.startswith(_DIALOGUE):
+        prompt = [] if given is None else _given_prompt(given)
+        if side.startswith(_DIALOGUE):
+            return _whole(name, _turns(side), [_stripped(turn) for turn in prompt])
+        if given is None:
             raise _Unusable("missing_key", f"no prompt, and {name} is no dialogue from {_DIALOGUE!r} on: {shown(side)}")
-        return _parted(name, _turns(side))
+        is_dialogue = isinstance(given, str) and given.startswith(_DIALOGUE)
+        return prompt, side.strip() if is_dialogue else side
     turns = _messages(name, side)
     if given is None and len(turns) == 1:
         raise _Unusable("missing_key", f"no prompt, and {name} is one message")
     prompt = [] if given is None else _given_prompt(given)
-    if len(turns) == 1:
-        return _parted(name, prompt + turns)
+    return _parted(name, prompt + turns) if len(turns) == 1 else _whole(name, turns, prompt)
+
+
+def _whole(name: str, turns: list[Message], prompt: list[Message]) -> tuple[list[Message], str]:
+    """The prompt's messages and the response of a side that holds both; a prompt beside it has to be a copy."""
     own, response = _parted(name, turns)
-    # Beside messages that begin with it the prompt is a copy: all of them, or the user's text without a system message.
+    # A copy is all of the messages, or the user's text without a system message.
     if prompt and prompt != own and not (len(prompt) == 1 and prompt[0] in own):
         raise _Unusable("prompts_differ", f"prompt is not that of {name}: {shown(prompt[-1]['content'])}")
     return own, response
@@ -189,7 +194,11 @@ def _turns(dialogue: str) -> list[Message]:
     """The turns of a text "\\n\\nHuman: …\\n\\nAssistant: …", without the white space around each."""
     _, *parts = _TURN.split(dialogue)
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [Message(role=_ROLES[speaker], content=text.strip()) for speaker, text in pairs]
+    return [_stripped(Message(role=_ROLES[speaker], content=text)) for speaker, text in pairs]
+
+
+def _stripped(turn: Message) -> Message:
+    return Message(role=turn["role"], content=turn["content"].strip())
 
 
 def _messages(name: str, value: Any) -> list[Message]:

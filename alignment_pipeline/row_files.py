@@ -2,7 +2,8 @@
 
 Belongs here: from a path to chunks of rows. What is in a chunk is in `rows`.
 
-A bad line or CSV record is a bad row and reading goes on. A file that cannot be read as a whole is a `DataError`.
+A bad line or CSV record is a bad row and reading goes on. A file that cannot be read as a whole is a `DataError`, and
+so is a quote in CSV that nobody closed: every record after it would be part of its field.
 
 JSON lines, CSV and Parquet, plain or gzip, are never in memory as a whole; a JSON array is, since it cannot be parsed
 in parts. Every CSV field is text, an empty one the empty text.
@@ -13,11 +14,13 @@ import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import tempfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -32,7 +35,9 @@ _REMEDY = (
     "plain or .gz."
 )
 _MOST_FIELD_CHARS = 1 << 24
-"""A longer CSV field is a quote that nobody closed: its record is a bad row, instead of the rest of the file."""
+"""A CSV field that is longer and goes over lines is a quote that nobody closed; on one line it is a bad row."""
+
+_WHOLE_FIELDS = re.compile(r'(?:(?:"[^"]*+(?:""[^"]*+)*+"|[^",][^,]*+)?+,)*+')
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
@@ -45,7 +50,7 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
 
     Raises:
         DataError: The file is missing, a folder, empty, not UTF-8 as a whole, a broken gzip, a broken JSON array or
-            Parquet file, or CSV without a line of column names.
+            Parquet file, CSV without a line of column names, or CSV with a quote that is never closed.
     """
     if path.is_dir():
         raise DataError(f"{path}: found a folder, expected a file. {_REMEDY}")
@@ -113,7 +118,7 @@ def _where(data: bytes, error: Exception) -> str:
 
 
 def _csv_chunks(path: Path, file: io.BufferedReader | gzip.GzipFile) -> Iterator[Found]:
-    records = _csv_records(io.TextIOWrapper(cast(BinaryIO, file), "utf-8-sig", "surrogateescape", newline=""))
+    records = _csv_records(path, io.TextIOWrapper(cast(BinaryIO, file), "utf-8-sig", "surrogateescape", newline=""))
     header = next(records, None)
     if header is None:
         raise _empty(path)
@@ -129,21 +134,41 @@ def _csv_chunks(path: Path, file: io.BufferedReader | gzip.GzipFile) -> Iterator
         yield Found(chunk)
 
 
-def _csv_records(file: io.TextIOWrapper) -> Iterator[tuple[int, list[str], str]]:
+def _csv_records(path: Path, file: io.TextIOWrapper) -> Iterator[tuple[int, list[str], str]]:
     """First line, fields and problem of each record (RFC 4180); blank lines are no records."""
     csv.field_size_limit(_MOST_FIELD_CHARS)
-    reader = csv.reader(file, strict=True)
+    lines: list[str] = []  # of the record that is being read
+    reader = csv.reader(_noted(file, lines), strict=True)
     while True:
         first = reader.line_num + 1
+        lines.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            # The reader knows two ends of an open quote, and has no class of error for either.
+            if "end of data" in str(error) or ("field limit" in str(error) and len(lines) > 1):
+                raise _unclosed(path, first, lines) from error
             yield first, [], f"{error} (lines {first} to {reader.line_num})"
             continue
         if fields:
             yield first, fields, ""
+
+
+def _noted(file: io.TextIOWrapper, lines: list[str]) -> Iterator[str]:
+    for line in file:
+        lines.append(line)
+        yield line
+
+
+def _unclosed(path: Path, first: int, lines: list[str]) -> DataError:
+    fields = _WHOLE_FIELDS.match("".join(lines))
+    opened = first + bisect_right(list(accumulate(map(len, lines))), fields.end() if fields else 0)
+    return DataError(
+        f'{path}: found a quote (") that is opened in line {opened} and not closed by line {first + len(lines) - 1}, '
+        'expected its field to end. Close it, or write a quote that is part of a quoted field as "".'
+    )
 
 
 def _csv_row(names: list[str], line: int, fields: list[str], problem: str) -> RawRow:

@@ -166,7 +166,7 @@ def chat(
     top_p: Annotated[
         float | None, typer.Option(help="Sample from the most probable tokens that have this share together.")
     ] = None,
-    beams: Annotated[int, typer.Option(help="Beams of a beam search, with temperature 0; 1 is none.")] = 1,
+    num_beams: Annotated[int, typer.Option(help="Beams of a beam search, with temperature 0; 1 is none.")] = 1,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1, tokens that were there before are less probable.")
     ] = 1.0,
@@ -177,7 +177,7 @@ def chat(
     from app.recipes import find_recipe
 
     decoding = decoding_of(
-        temperature=temperature, top_k=top_k, top_p=top_p, num_beams=beams, repetition_penalty=repetition_penalty,
+        temperature=temperature, top_k=top_k, top_p=top_p, num_beams=num_beams, repetition_penalty=repetition_penalty,
         min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     use_dagster_instance(alignment_home())

@@ -19,14 +19,16 @@ EXECUTOR_VARIABLE = "ALIGNMENT_EXECUTOR"
 
 def build_definitions(recipes: Sequence[Recipe], resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     """Definitions for some recipes; `resources` replace the default ones by name."""
+    with_evaluation = [recipe for recipe in recipes if recipe.evaluation]
     with_feedback = [recipe for recipe in recipes if recipe.feedback]
     return dg.Definitions(
         assets=[asset for recipe in recipes for asset in recipe_assets(recipe)],
         jobs=[
-            *(job(recipe) for recipe in recipes for job in (everything_job, evaluation_job)),
+            *(everything_job(recipe) for recipe in recipes),
+            *(evaluation_job(recipe) for recipe in with_evaluation),
             *(retraining_job(recipe) for recipe in with_feedback),
         ],
-        schedules=[nightly_evaluation(recipe) for recipe in recipes],
+        schedules=[nightly_evaluation(recipe) for recipe in with_evaluation],
         sensors=[feedback_sensor(recipe) for recipe in with_feedback],
         resources={**default_resources(), **(resources or {})},
         executor=_executor(),

@@ -7,6 +7,7 @@ differ by the setting and not by the draw.
 Whoever takes the best setting over into an evaluation has chosen it by the test prompts.
 """
 
+from pathlib import Path
 from typing import Any
 
 from alignment_pipeline import atomic
@@ -15,7 +16,7 @@ from alignment_pipeline.decoding import in_words, respond
 from alignment_pipeline.decoding_configs import DecodingFields, DecodingSweepConfig
 from alignment_pipeline.diversity import distinct, repetition
 from alignment_pipeline.generation import Response
-from alignment_pipeline.identity import read_jsonl, write_jsonl
+from alignment_pipeline.identity import canonical_json, read_jsonl, write_jsonl
 from alignment_pipeline.judges import JUDGE_TITLES
 from alignment_pipeline.models import load_policy, load_tokenizer
 from alignment_pipeline.plots import bar_panels
@@ -91,12 +92,22 @@ def _answers(
     answers = []
     for number, setting in enumerate(settings, start=1):
         path = spec.work_dir / f"responses-{number}.jsonl"
-        if not path.is_file():
+        responses = _kept(path, len(prompts))
+        if responses is None:
             responses = respond(policy, tokenizer, prompts, setting, batch_size=spec.config.batch_size, seed=spec.seed)
-            write_jsonl(path, [vars(response) for response in responses])
-        answers.append([Response(**row) for row in read_jsonl(path)])
+            atomic.write_text(path, "".join(canonical_json(vars(response)) + "\n" for response in responses))
+        answers.append(responses)
         log.step("decode", number, len(settings))
     return answers
+
+
+def _kept(path: Path, prompts: int) -> list[Response] | None:
+    """What an earlier run has left, where that is a response to every prompt."""
+    try:
+        responses = [Response(**row) for row in read_jsonl(path)]
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return responses if len(responses) == prompts else None
 
 
 def _row(

@@ -3,9 +3,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import date
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 
@@ -40,7 +43,7 @@ def commit_of(home: Path, name: str, commit: str, files: dict[str, str], ref: st
     (repository / "refs" / ref).write_text(commit)
 
 
-def load_in_subprocess(home: Path, *arguments: str | None) -> "subprocess.CompletedProcess[str]":
+def load_in_subprocess(home: Path, *arguments: str | None, **variables: str) -> "subprocess.CompletedProcess[str]":
     # The hub libraries read their environment when they are imported, hence another process.
     code = (
         "import json, sys\n"
@@ -55,6 +58,7 @@ def load_in_subprocess(home: Path, *arguments: str | None) -> "subprocess.Comple
     unset = {"HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= variables
     return subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)],
         env=environment, capture_output=True, text=True, timeout=120, cwd=home,
@@ -117,6 +121,70 @@ def test_a_folder_or_a_configuration_of_a_hub_dataset_is_read_alone(hub_home: Pa
         assert [row[1] for row in json.loads(done.stdout)[1]] == [expected]
     done = load_in_subprocess(hub_home, "owner/configured", None, "train", "three")
     assert done.returncode == 1 and "config three" in done.stderr and "data.hub_config" in done.stderr
+
+
+class HubOfOneDataset(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub, for one commit of one dataset; `fetched` are the files it was asked for."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    fetched: ClassVar[set[str]] = set()
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        if "/tree/" in self.path:
+            tree = [
+                {"type": "file", "path": name, "size": len(text), "oid": hashlib.sha1(text).hexdigest()}
+                for name, text in self.files.items()
+            ]
+            body = json.dumps(tree).encode()
+        elif self.path.startswith("/api/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            body = json.dumps({"id": "owner/folders", "sha": COMMIT, "siblings": siblings}).encode()
+        else:
+            name = self.path.split(f"/resolve/{COMMIT}/")[1]
+            self.fetched.add(name)
+            body = self.files[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Write nothing."""
+
+
+@pytest.fixture
+def hub_server() -> Iterator[str]:
+    HubOfOneDataset.files = {
+        "README.md": b"", "x/train.jsonl": b'{"a": "1"}\n', "x/y/train.jsonl": b'{"a": "2"}\n',
+        "y/train.jsonl": b'{"a": "3"}\n', "y.json": b'{"a": "4"}\n',
+    }  # fmt: skip
+    HubOfOneDataset.fetched = set()
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubOfOneDataset) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("data_dir", ["y", "./y/"])
+def test_of_a_hub_dataset_only_the_folder_that_is_read_is_fetched(
+    hub_server: str, tmp_path: Path, data_dir: str
+) -> None:
+    online = {"HF_ENDPOINT": hub_server, "HF_HUB_OFFLINE": "0"}
+    done = load_in_subprocess(tmp_path, "owner/folders", None, "train", None, data_dir, **online)
+    assert done.returncode == 0, done.stderr
+    assert [row[1] for row in json.loads(done.stdout)[1]] == [{"a": "3"}]
+    assert HubOfOneDataset.fetched == {"README.md", "y/train.jsonl"}
+    again = load_in_subprocess(tmp_path, "owner/folders", None, "train", None, data_dir)
+    assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
 
 
 def test_the_content_of_a_hub_dataset_is_its_rows_in_canonical_json_and_no_chunk_size_changes_it() -> None:

@@ -46,6 +46,10 @@ def test_a_preference_of_one_turn_is_the_same_example_in_every_spelling(record: 
         {"chosen": HUMAN + " So.", "rejected": HUMAN + " Thus. \n"},
         {"prompt": HUMAN, "chosen": " So.", "rejected": "Thus.\n"},
         {"prompt": "\n\nHuman: Why?", "chosen": "So.", "rejected": "Thus."},
+        {"prompt": HUMAN, "chosen": HUMAN + " So.", "rejected": HUMAN + " Thus."},
+        {"prompt": " Why?\n", "chosen": HUMAN + " So.", "rejected": HUMAN + " Thus."},
+        {"prompt": [USER], "chosen": HUMAN + " So.", "rejected": HUMAN + " Thus."},
+        {"prompt": HUMAN, "chosen": HUMAN + " So.", "rejected": " Thus."},
     ],
 )
 def test_turns_of_a_dialogue_lose_the_white_space_around_them(record: Any) -> None:
@@ -121,6 +125,8 @@ BAD_PREFERENCES = {
         {"chosen": HUMAN + " c", "rejected": HUMAN + " c" + HUMAN + " r"},
         {"chosen": [USER, ANSWER], "rejected": [MORE, OTHER]},
         {"prompt": "other", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": "other", "chosen": HUMAN + " c", "rejected": HUMAN + " r"},
+        {"prompt": HUMAN, "chosen": "\n\nHuman: So\n\nAssistant: c", "rejected": "\n\nHuman: So\n\nAssistant: r"},
         {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
     ],
     "no_response": [

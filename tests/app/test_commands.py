@@ -102,7 +102,7 @@ def test_chat_decodes_as_it_is_told(smoke_home: Path, align: Run) -> None:
         return done.stdout
 
     sampled = answers("--temperature", "1", "--top-k", "40", "--top-p", "0.9", "--min-new-tokens", "4")
-    beams = answers("--beams", "3", "--repetition-penalty", "1.5")
+    beams = answers("--num-beams", "3", "--repetition-penalty", "1.5")
     assert len({answers(), sampled, beams}) == 3
 
 

@@ -242,7 +242,12 @@ def test_instruction_tuning_of_opt_350m_on_code_alpaca(runs: Runs) -> None:
     adapter = json.loads((runs.artifact(recipe, "sft_model") / "adapter" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], sorted(adapter["target_modules"])) == (16, 32, ["q_proj", "v_proj"])
     table = runs.rows(recipe, "comparison", "table.jsonl")
-    assert policies(table) == ["base_model", "sft_model"] and all(row["bleu"] >= 0 for row in table)
+    assert policies(table) == ["base_model", "sft_model"]
+    before, after = table
+    assert after["bleu_change"] == pytest.approx(after["bleu"] - before["bleu"])
+    assert after["bleu_change_low"] <= after["bleu_change"] <= after["bleu_change_high"]
+    examples = runs.rows(recipe, "sft_evaluation", "examples.jsonl")
+    assert all(row["decoding"].startswith("beams 5") for row in examples) and len(examples) == after["prompts"]
     assert len(runs.rows(recipe, "decoding_sweep", "table.jsonl")) >= 6
     assert "BLEU" in done.stdout
 

@@ -141,7 +141,10 @@ def test_results_before_any_run(align: Run, home: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--beams", "5", "--temperature", "0.7"], "num_beams: found 5 with temperature 0.7, expected temperature 0"),
+        (
+            ["--num-beams", "5", "--temperature", "0.7"],
+            "num_beams: found 5 with temperature 0.7, expected temperature 0",
+        ),
         (["--top-k", "5"], "top_k: found 5 with temperature 0, which is greedy"),
         (["--top-p", "1.5", "--temperature", "1"], "top_p: found 1.5 (a number), expected less than or equal to 1"),
         (["--min-new-tokens", "65"], "min_new_tokens: found 65, expected at most max_new_tokens (64)"),

@@ -127,6 +127,13 @@ def test_the_schedule_and_the_sensor_are_off_until_a_person_turns_them_on(defini
     assert sensor.default_status == dg.DefaultSensorStatus.STOPPED
 
 
+def test_a_recipe_without_an_evaluation_has_neither_its_job_nor_its_schedule() -> None:
+    repository = build_definitions([find_recipe("reward_gpt2")]).get_repository_def()
+    assert repository.schedule_defs == []
+    jobs = {job.name for job in repository.get_all_jobs()}
+    assert "reward_gpt2" in jobs and "reward_gpt2_evaluation" not in jobs
+
+
 def test_a_recipe_without_feedback_has_no_sensor_and_no_retraining_job() -> None:
     recipe = find_recipe("smoke", ["feedback=null"])
     repository = build_definitions([recipe]).get_repository_def()

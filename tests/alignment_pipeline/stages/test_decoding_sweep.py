@@ -108,3 +108,17 @@ def test_a_resumed_sweep_keeps_the_settings_that_were_done_and_ends_the_same(smo
         assert (spec.output_dir / name).read_bytes() == (whole / name).read_bytes()
     phases = [line["phase"] for line in read_progress(tmp_path / "second.jsonl")]
     assert phases == ["decode"] * 4 + ["sweep"] * 4
+
+
+def test_a_resumed_sweep_makes_responses_anew_of_which_not_all_are_there(smoke: Any, tmp_path: Path) -> None:
+    spec = smoke.spec("decoding_sweep", tmp_path)
+    with pytest.raises(Stopped):
+        sweep_decoding(spec, StopsAfterTwoSettings(tmp_path / "first.jsonl"))
+    cut, short = sorted(spec.work_dir.iterdir())
+    whole = {path: path.read_bytes() for path in (cut, short)}
+    cut.write_bytes(whole[cut][:-20])
+    short.write_bytes(b"".join(whole[short].splitlines(keepends=True)[:-1]))
+    sweep_decoding(spec, ProgressLog(tmp_path / "second.jsonl"))
+    assert {path: path.read_bytes() for path in (cut, short)} == whole
+    table = spec.output_dir / "table.jsonl"
+    assert table.read_bytes() == (smoke.artifact("decoding_sweep") / "table.jsonl").read_bytes()
