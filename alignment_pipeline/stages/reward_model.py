@@ -124,7 +124,7 @@ def _require_readable(model: Any, encoder: RewardEncoder, source: str) -> None:
     except (IndexError, RuntimeError) as error:
         raise ModelError(
             f"reward_model: {source} cannot read {limit} tokens ({str(error).splitlines()[0]}), though its files allow "
-            "them; expected a limit that it can read. Set reward_model.max_tokens lower; RoBERTa's kind reads 512."
+            "them; expected a limit that it can read. Set reward_model.max_tokens lower: RoBERTa reads 512."
         ) from error
 
 
