@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment_pipeline.atomic import write_json
@@ -57,8 +56,10 @@ def read_given_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, found = _read_weights(source, auto_class, {**options, **shape})
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch have no class in common for what they cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{section}: {source} cannot be loaded ({reason}); {remedy}.") from error
     drawn = {*head_names(model), "pooler"} if new_head else set()
     lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
@@ -80,9 +81,9 @@ def _read_weights(source: Path | str, auto_class: Any, options: dict[str, Any]) 
             return auto_class.from_pretrained(source, use_safetensors=False, weights_only=True, **reading)
         except OSError:  # nor is there a .bin: the first message is about safetensors
             raise error from None
-        except RuntimeError:  # read, but of another shape
-            raise
-        except Exception as refusal:  # the restricted unpickler's errors are of several classes
+        except Exception as refusal:
+            if type(refusal).__name__ != "UnpicklingError":  # by name, since nothing here imports pickle
+                raise
             raise ValueError(
                 "there are no safetensors, and pytorch_model.bin was refused, since it is damaged or holds more than "
                 "tensors, which could run code"

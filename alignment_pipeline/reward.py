@@ -131,18 +131,30 @@ class RewardScorer:
         return score_rows(self.model, [self.encoder.cut(row) for row in rows], self._pad_id, batch_size)
 
     def score_sampled(
-        self, tokenizer: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], batch_size: int
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        prompts: Sequence[TokenIds],
+        responses: Sequence[TokenIds],
+        batch_size: int,
     ) -> list[float]:
         """Score of each sampled response, given in the tokens of the policy, a complete one with its end token.
 
-        A model with a tokenizer of its own reads the texts of them, as preference pairs hold them.
+        A model on the trunk reads the tokens. One with a tokenizer of its own reads texts, as preference pairs hold
+        them: a chat template's special tokens are part of a prompt's text, and decoding would lose them.
+
+        Args:
+            tokenizer: The policy's.
+            texts: The prompts in the recipe's template.
+            prompts: The same in tokens.
+            responses: In tokens.
+            batch_size: Rows at a time.
         """
         if not self.encoder.own:
             return score_responses(self.model, prompts, responses, self._pad_id, batch_size)
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        asked, answered = (tokenizer.batch_decode(list(part), **options) for part in (prompts, responses))
+        answered = tokenizer.batch_decode(list(responses), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ended = [row[-1:] == [tokenizer.eos_token_id] for row in responses]
-        return self.score(asked, answered, ended, batch_size)
+        return self.score(texts, answered, ended, batch_size)
 
     @property
     def _pad_id(self) -> int:

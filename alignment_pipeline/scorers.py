@@ -30,8 +30,8 @@ class RewardModelScorer:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         """Scores in the order of the responses."""
         return self._scorer.score_sampled(
-            self._tokenizer, [prompt.token_ids for prompt in prompts], [response.token_ids for response in responses],
-            self._batch_size,
+            self._tokenizer, [prompt.text for prompt in prompts], [prompt.token_ids for prompt in prompts],
+            [response.token_ids for response in responses], self._batch_size,
         )  # fmt: skip
 
 

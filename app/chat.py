@@ -14,6 +14,7 @@ from alignment_pipeline.recipe import Recipe, explain_validation
 from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.home import alignment_home
+from resources.prompt_form import template_of
 from resources.runs import RunRecords
 
 
@@ -30,7 +31,7 @@ def decoding_of(**options: float | None) -> DecodingFields:
 
 
 def chat_with(console: Console, recipe: Recipe, policy: str, decoding: DecodingFields, seed: int) -> None:
-    """Answer each line of standard input by the policy, in the recipe's template; a plain text is continued as it is.
+    """Answer each line of standard input by the policy, in its own template; a plain text is continued as it is.
 
     Raises:
         MissingArtifactError: The policy is not one of the recipe's, or has not been made.
@@ -54,7 +55,8 @@ def chat_with(console: Console, recipe: Recipe, policy: str, decoding: DecodingF
     from alignment_pipeline.tokenization import encode_prompts
 
     tokenizer = load_tokenizer(store.verify(trunk))
-    template = None if recipe.data.text_field else Template(recipe.formatting.template, tokenizer)
+    name = template_of(store, current[policy], current, recipe)
+    template = Template(name, tokenizer) if name else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
         model = load_policy(store.verify(current[policy]), store.verify(trunk))

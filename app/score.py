@@ -17,6 +17,7 @@ from alignment_pipeline.recipe import Recipe
 from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.home import alignment_home
+from resources.prompt_form import template_of
 from resources.runs import RunRecords
 
 ONE = ("prompt", "response")
@@ -26,7 +27,7 @@ _BATCH_SIZE = 32
 _SHOWN_CHARS = 48
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]
-"""Prompts in the recipe's template and responses → scores."""
+"""Prompts in their template and responses → scores."""
 
 
 def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: bool) -> None:
@@ -54,8 +55,8 @@ def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: 
     rows = read_lines(_lines(file), "standard input" if file is None else str(file))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
-        score = _scorer(refs[rewards[0]])
-        template = _template(recipe, refs)
+        template = _template(recipe, refs, refs[rewards[0]])
+        score = _scorer(refs[rewards[0]], template.tokenizer if template else None)
         prompts = [_in_template(template, row["prompt"]) for row in rows]
         start = template.response_start if template else ""
         scores = [score(prompts, [start + row[side] for row in rows]) for side in list(rows[0])[1:]]
@@ -100,27 +101,36 @@ def _lines(file: Path | None) -> list[str]:
         raise DataError(f"{file or 'standard input'} cannot be read ({error}), expected JSON lines.") from error
 
 
-def _template(recipe: Recipe, refs: Mapping[str, ArtifactRef]) -> Template | None:
-    """The recipe's template; None where prompts are plain texts."""
-    if recipe.data.text_field:
-        return None
-    tokenizer = None
-    if recipe.formatting.template == "chat":
-        from alignment_pipeline.models import load_tokenizer
+def _template(recipe: Recipe, refs: Mapping[str, ArtifactRef], reward: ArtifactRef) -> Template | None:
+    """The template that the reward was trained with, its tokenizer where it is chat; None for plain texts.
 
-        tokenizer = load_tokenizer(ArtifactStore(alignment_home()).verify(refs["base_model"]))
-    return Template(recipe.formatting.template, tokenizer)
+    Raises:
+        MissingArtifactError: The base model, whose tokenizer brings the chat template, has not been made.
+    """
+    store = ArtifactStore(alignment_home())
+    name = template_of(store, reward, refs, recipe)
+    if name != "chat":
+        return Template(name, None) if name else None
+    from alignment_pipeline.models import load_tokenizer
+
+    behind = [ref for ref in store.family([reward]) if ref.stage == "base_model"]
+    base = behind[0] if behind else refs.get("base_model")
+    if base is None:
+        raise MissingArtifactError(f"base_model of {recipe.name} has not been made. Run `align run {recipe.name}`.")
+    return Template(name, load_tokenizer(store.verify(base)))
 
 
 def _in_template(template: Template | None, prompt: str) -> str:
     return template.prompt({"instruction": prompt, "input": ""}) if template else prompt
 
 
-def _scorer(ref: ArtifactRef) -> Score:
+def _scorer(ref: ArtifactRef, chat_tokenizer: Any) -> Score:
+    """How an artifact scores; a classifier reads chats without their special tokens, as in PPO and in evaluations."""
     from transformers.utils import logging
 
-    from alignment_pipeline.classifier import ClassifierScorer
+    from alignment_pipeline.classifier import ClassifierScorer, whole_texts
     from alignment_pipeline.reward import RewardScorer
+    from alignment_pipeline.tokenization import encode, encode_prompts
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # that the trunk has no score head is known: the adapter brings it
@@ -128,9 +138,15 @@ def _scorer(ref: ArtifactRef) -> Score:
     folder = store.verify(ref)
     if ref.stage == "reward_classifier":
         classifier = ClassifierScorer.load(folder)
-        return lambda prompts, responses: classifier.scores(
-            [prompt + response for prompt, response in zip(prompts, responses, strict=True)], _BATCH_SIZE
-        )
+
+        def texts(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+            if chat_tokenizer is None:
+                return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+            return whole_texts(
+                chat_tokenizer, encode_prompts(chat_tokenizer, prompts), encode(chat_tokenizer, responses)
+            )
+
+        return lambda prompts, responses: classifier.scores(texts(prompts, responses), _BATCH_SIZE)
     trunk = store.manifest(ref)["inputs"].get("trunk")
     scorer = RewardScorer.load(folder, store.verify(ArtifactRef(**trunk)) if trunk else None)
     return lambda prompts, responses: scorer.score(prompts, responses, batch_size=_BATCH_SIZE)

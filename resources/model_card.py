@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from alignment_pipeline.templates import Template
 from resources.overrides import names_files
 from resources.policy_record import Check, Made, PolicyRecord
+from resources.prompt_form import template_behind
 
 _METHODS = {
     "base_model": "It is the model that everything else in the recipe starts from.",
@@ -48,7 +49,6 @@ _METRICS = {
     "mean_tokens": ("Length of a response, tokens", 1),
     "eos_rate": ("Share of responses that end by themselves", 3),
 }
-_FORMATTING = ("instructions", "formatted_dataset")
 _LICENSED = {
     "data": "the data",
     "base_model": "the base model",
@@ -161,13 +161,12 @@ print(tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :], skip_special_t
 
 def _prompt_code(record: PolicyRecord) -> tuple[str, str]:
     """A prompt in Python, and what to know about it."""
-    made = {stage: record.lineage[stage].manifest["config"] for stage in _FORMATTING if stage in record.lineage}
-    if made.get("instructions", {}).get("text_field", record.recipe.data.text_field):
+    template = template_behind((made.manifest for made in record.lineage.values()), record.recipe)
+    if template is None:
         return (
             json.dumps("The beginning of a text"),
             "The model continues a text; the prompt is the beginning of it, without a template.",
         )
-    template = made.get("formatted_dataset", {}).get("template", record.recipe.formatting.template)
     asked = "What the model is to do."
     if template == "chat":
         return (

@@ -140,7 +140,7 @@ def scored(
     if classifier is not None:
         learned = classifier.scores(texts, batch_size)
     else:
-        learned = _learned_scores(spec, prompts, token_ids, tokenizer)
+        learned = _learned_scores(spec, [row["prompt"] for row in rows], prompts, token_ids, tokenizer)
     if spec.config.judge == "reward_classifier":
         return _require(classifier).probabilities(texts, batch_size), learned
     return judge(spec.config.judge, rows, [response.text for response in responses]), learned
@@ -160,6 +160,7 @@ def _require(classifier: ClassifierScorer | None) -> ClassifierScorer:
 
 def _learned_scores(
     spec: StageSpec[EvaluationConfig | DecodingSweepConfig],
+    texts: list[str],
     prompts: list[TokenIds],
     responses: list[TokenIds],
     tokenizer: Any,
@@ -167,7 +168,7 @@ def _learned_scores(
     if "reward_model" not in spec.inputs:
         return [None] * len(prompts)
     scorer = RewardScorer.load(spec.inputs["reward_model"], spec.inputs["trunk"], spec.device)
-    return scorer.score_sampled(tokenizer, prompts, responses, spec.config.batch_size)
+    return scorer.score_sampled(tokenizer, texts, prompts, responses, spec.config.batch_size)
 
 
 def _checks(metrics: dict[str, float]) -> tuple[StageCheck, ...]:

@@ -20,6 +20,7 @@ from alignment_pipeline.preferences import PAIRS_FILE, PreferencePair, read_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import normalised, split_position, splits_share_no_prompt
 from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.tokenization import encode_prompts, encode_responses
 
 SPLITS = ("train", "validation")
 
@@ -72,21 +73,20 @@ def _unite(sources: Sequence[Sequence[PreferencePair]]) -> tuple[list[Preference
 
 
 def _readable(pairs: list[PreferencePair], base_model: Path) -> list[PreferencePair]:
-    """The pairs that fit the model's positions, both sides, with the end token."""
+    """The pairs that fit the model's positions, both sides, with the tokens before the prompt and the end token."""
     limit = max_positions(base_model)
     if limit is None or not pairs:
         return pairs
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model / "model", local_files_only=True)
-    prompts, chosen, rejected = (
-        [len(ids) for ids in tokenizer([pair[part] for pair in pairs], add_special_tokens=False)["input_ids"]]
-        for part in ("prompt", "chosen", "rejected")
-    )
+    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
+    chosen = encode_responses(tokenizer, [pair["chosen"] for pair in pairs])
+    rejected = encode_responses(tokenizer, [pair["rejected"] for pair in pairs])
     return [
         pair
         for pair, prompt, better, worse in zip(pairs, prompts, chosen, rejected, strict=True)
-        if prompt + max(better, worse) + 1 <= limit
+        if len(prompt) + max(len(better), len(worse)) <= limit
     ]
 
 

@@ -18,7 +18,7 @@ from trl import RewardTrainer
 
 from alignment_pipeline import atomic, plots
 from alignment_pipeline.configs import RewardModelConfig
-from alignment_pipeline.errors import DataError
+from alignment_pipeline.errors import DataError, ModelError
 from alignment_pipeline.given_model import give_padding_of_its_own, read_given_model, record_source
 from alignment_pipeline.identity import digest, write_jsonl
 from alignment_pipeline.limits import max_positions, positions_of
@@ -41,6 +41,7 @@ from alignment_pipeline.reward import (
     SUMMARY,
     RewardEncoder,
     RewardScorer,
+    score_rows,
 )
 from alignment_pipeline.reward_report import PLAUSIBLE_ACCURACY, calibration, pair_scores, report, score_pairs
 from alignment_pipeline.sequences import causal_lm_of
@@ -50,6 +51,8 @@ from alignment_pipeline.tokenization import TokenIds
 from alignment_pipeline.training import seed_everything, train, trainer_arguments, training_dataset
 
 SPLITS = ("train", "validation")
+_LONGEST_TABLE = 4098
+"""Positions of Longformer: models that read more compute positions and have no table of them to run out of."""
 
 TokenizedPair = dict[str, TokenIds]
 """`chosen_ids` and `rejected_ids`, TRL's names: prompt and response of each side."""
@@ -59,7 +62,7 @@ def train_reward_model(spec: StageSpec[RewardModelConfig], log: ProgressLog) -> 
     """Train on the training pairs; report how held-out ones are told apart.
 
     Raises:
-        ModelError: A given model cannot be read safely.
+        ModelError: A given model cannot be read safely, or cannot read as much as it says.
         DataError: A split holds no pair that is short enough.
     """
     seed_everything(spec.seed)
@@ -99,8 +102,30 @@ def _start(spec: StageSpec[RewardModelConfig]) -> tuple[Any, RewardEncoder]:
     )
     give_padding_of_its_own(model, tokenizer, spec.seed)
     turn_dropout_off(model)
-    positions = positions_of(model.config.to_dict())
-    return model.to(spec.device), RewardEncoder.within(tokenizer, positions, config.max_tokens, own=True)
+    encoder = RewardEncoder.within(tokenizer, positions_of(model.config.to_dict()), config.max_tokens, own=True)
+    _require_readable(model, encoder, str(_source(config)))
+    return model.to(spec.device), encoder
+
+
+def _require_readable(model: Any, encoder: RewardEncoder, source: str) -> None:
+    """Try the longest text: RoBERTa's kind reads fewer tokens than its config's positions.
+
+    On the CPU: on a GPU an index out of range ends the process.
+
+    Raises:
+        ModelError: The model fails on it.
+    """
+    limit = encoder.max_tokens
+    if limit is None or limit > _LONGEST_TABLE:
+        return
+    (long,) = encoder.encode(["a " * limit], ["a"], [True])
+    try:
+        score_rows(model, [encoder.cut(long)], encoder.tokenizer.pad_token_id, 1)
+    except (IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"reward_model: {source} cannot read {limit} tokens ({str(error).splitlines()[0]}), though its files allow "
+            "them; expected a limit that it can read. Set reward_model.max_tokens lower: RoBERTa reads 512."
+        ) from error
 
 
 def _source(config: RewardModelConfig) -> Path | str:

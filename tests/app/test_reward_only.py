@@ -135,6 +135,22 @@ def test_lines_that_cannot_be_scored_are_one_sentence(
     assert expected in error_of(align(made[0], "score", "judging", env=env, input=lines))
 
 
+def test_a_template_that_was_changed_in_the_recipe_since_changes_no_score_and_no_answer(
+    made: tuple[Path, str], env: dict[str, str], align: Run, tmp_path: Path
+) -> None:
+    home, _ = made
+    changed = RECIPE.replace("formatting: {", "formatting: {template: human_assistant, ")
+    (tmp_path / "judging.yaml").write_text(changed)
+    since = {"ALIGNMENT_RECIPES": str(tmp_path)}
+    for arguments, given in (
+        (("score", "judging", "--json"), '{"prompt": "Say 7.", "response": "7 yes"}\n'),
+        (("chat", "judging", "base_model", "--max-new-tokens", "16", "--temperature", "1"), "Say 7.\n"),
+    ):
+        before, after = (align(home, *arguments, env=each, input=given) for each in (env, since))
+        assert (before.returncode, after.returncode) == (0, 0), after.stdout + after.stderr
+        assert before.stdout == after.stdout and before.stdout
+
+
 def test_a_file_that_is_not_there_and_a_reward_that_is_not_made(
     made: tuple[Path, str], env: dict[str, str], align: Run, tmp_path: Path
 ) -> None:

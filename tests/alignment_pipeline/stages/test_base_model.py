@@ -275,6 +275,17 @@ class TestHubModel:
         assert not canary.exists()
         assert not (tmp_path / "run" / "output" / "model").exists()
 
+    @pytest.mark.parametrize("damage", ["empty", "cut"])
+    def test_a_damaged_bin_is_one_message_that_speaks_of_no_code(
+        self, tmp_path: Path, tiny_models: Any, damage: str
+    ) -> None:
+        self.fill_cache(tmp_path, tiny_models, lambda model: model.state_dict())
+        (weights,) = tmp_path.rglob("pytorch_model.bin")
+        weights.write_bytes(b"" if damage == "empty" else weights.read_bytes()[: weights.stat().st_size // 2])
+        message = self.run(tmp_path, "tiny-owner/tiny-opt")
+        assert message.startswith("ModelError: base_model: tiny-owner/tiny-opt cannot be loaded (")
+        assert "code" not in message and "cannot be loaded ()" not in message
+
     def test_a_model_that_is_not_there_is_an_error_with_a_remedy(self, tmp_path: Path) -> None:
         message = self.run(tmp_path, "nobody/nothing")
         assert message.startswith("ModelError: base_model: nobody/nothing cannot be loaded (")

@@ -26,16 +26,21 @@ from transformers import (
 )
 
 from alignment_pipeline.configs import PpoConfig, RewardModelConfig
+from alignment_pipeline.decoding_configs import EvaluationConfig
 from alignment_pipeline.errors import DataError, ModelError
+from alignment_pipeline.generation import Response
 from alignment_pipeline.identity import digest, read_jsonl, write_jsonl
 from alignment_pipeline.models import head_names, with_adapter
+from alignment_pipeline.ppo.rollout import Prompt
 from alignment_pipeline.preferences import PreferencePair, make_pair
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.reward import Preference, RewardScorer
+from alignment_pipeline.scorers import RewardModelScorer
 from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.stages.evaluation import scored
 from alignment_pipeline.stages.ppo_policy import train_ppo
 from alignment_pipeline.stages.reward_model import train_reward_model
-from alignment_pipeline.tokenization import encode
+from alignment_pipeline.tokenization import encode, encode_prompts
 
 # A merged adapter computes W + s·BA once, and rows are batched otherwise: float32, scores of size 1.
 ROUNDING = 1e-4
@@ -309,6 +314,18 @@ def test_a_classifier_with_several_labels_gets_a_head_of_its_own(tmp_path: Path,
     assert torch.allclose(kept, body.distilbert.embeddings.word_embeddings.weight, atol=1e-6)
 
 
+def test_a_model_that_cannot_read_up_to_its_files_limit_is_refused_before_training(tmp_path: Path, pairs: Path) -> None:
+    """RoBERTa counts positions from its padding token on, so that it reads fewer than its config says."""
+    path = tmp_path / "given"
+    tokenizer = encoder_tokenizer(10**30)  # no limit of its own
+    build("roberta", tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    message = r"^reward_model: .*given cannot read 34 tokens \(index .* Set reward_model\.max_tokens lower"
+    with pytest.raises(ModelError, match=message):
+        train(tmp_path / "whole", pairs, path, max_steps=1)
+    train(tmp_path / "lower", pairs, path, max_steps=1, max_tokens=33)
+
+
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path, pairs: Path) -> None:
     with pytest.raises(ModelError, match=r"^reward_model\.path: .*nowhere is not a folder"):
         train(tmp_path / "run", pairs, tmp_path / "nowhere")
@@ -321,10 +338,38 @@ def test_one_tokenizers_scores_of_sampled_tokens_are_those_of_their_texts(
     scorer, tokenizer = RewardScorer.load(tmp_path / "run" / "output"), tiny_models.tokenizer
     prompts, responses = ["Question w1 ?\n", "Question w2 ?\n"], [" w1 yes", "no"]
     sampled = [[*encode(tokenizer, responses[:1])[0], tokenizer.eos_token_id], encode(tokenizer, responses[1:])[0]]
-    found = scorer.score_sampled(tokenizer, encode(tokenizer, prompts), sampled, batch_size=2)
+    found = scorer.score_sampled(tokenizer, prompts, encode(tokenizer, prompts), sampled, batch_size=2)
     assert found == pytest.approx(scorer.score(prompts, responses), abs=ROUNDING)
     preference = Preference.between(found[:1], found[1:])
     assert (preference.win_rate, preference.pairs) == (1.0, 1)
+
+
+def test_a_chat_templates_special_tokens_are_read_alike_in_training_ppo_and_evaluation(
+    tmp_path: Path, tiny_models: Any
+) -> None:
+    special = "</s>"  # one of the policy's, and text to the reward model
+    chats = [
+        make_pair(prompt_id=pair["prompt_id"], prompt=special + pair["prompt"], chosen=pair["chosen"],
+                  rejected=pair["rejected"], source="human", labeller="test")
+        for pair in map(pair_of, range(8))
+    ]  # fmt: skip
+    pairs, tokenizer = write_pairs(tmp_path / "pairs", chats[:6], chats[6:]), tiny_models.tokenizer
+    train(tmp_path / "run", pairs, given("qwen3", tmp_path / "given"), max_steps=1)
+    reward, held_out = tmp_path / "run" / "output", chats[6:]
+    scorer, seen = RewardScorer.load(reward), [pair["prompt"] for pair in held_out]
+    answers = [encode(tokenizer, [pair["chosen"]])[0] + [tokenizer.eos_token_id] for pair in held_out]
+    responses = [Response(ids, pair["chosen"], True) for ids, pair in zip(answers, held_out, strict=True)]
+    prompts = encode_prompts(tokenizer, seen)
+    assert all(tokenizer.decode(ids).startswith(special) for ids in prompts)
+    trained = [row["chosen_score"] for row in read_jsonl(reward / "scores.jsonl")]
+
+    asked = [Prompt("", text, ids) for text, ids in zip(seen, prompts, strict=True)]
+    assert RewardModelScorer(scorer, tokenizer, 2)(asked, responses) == pytest.approx(trained, abs=ROUNDING)
+    inputs = {"reward_model": reward, "trunk": tmp_path}
+    spec = StageSpec(EvaluationConfig(judge="reference_chrf"), inputs, tmp_path, tmp_path / "work", 0)
+    rows = [{"prompt": text, "reference": "yes"} for text in seen]
+    _, learned = scored(spec, tokenizer, rows, prompts, responses)
+    assert learned == pytest.approx(trained, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])

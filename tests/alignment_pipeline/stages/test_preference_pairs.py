@@ -1,8 +1,10 @@
+import copy
 import json
 import random
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from alignment_pipeline.configs import PairsConfig
@@ -116,3 +118,31 @@ def test_a_pair_that_the_model_cannot_read_is_dropped_and_counted(
     unite_preference_pairs(spec, ProgressLog(tmp_path / "progress.jsonl"))
     assert json.loads((output / "summary.json").read_text())["dropped"]["over_long"] == 1
     assert splits(output).keys() == {pair["id"] for pair in LABELS}
+
+
+def test_the_token_that_a_tokenizer_puts_before_every_prompt_counts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    given = [*LABELS, pair("The longest task.", "good", "bad")]
+    longest = (
+        len(tokenizer(given[-1]["prompt"])["input_ids"]) + len(tokenizer("good")["input_ids"]) + 1
+    )  # the end token
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    end = [("</s>", tokenizer.eos_token_id)]
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=end)
+    leading = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    write_jsonl(tmp_path / "labels" / "pairs.jsonl", given)
+    dropped = {}
+    for name, reader, positions in (("plain", tokenizer, longest), ("fits", leading, longest + 1),
+                                    ("over", leading, longest)):  # fmt: skip
+        base, output = tmp_path / name / "base", tmp_path / name / "output"
+        output.mkdir(parents=True)
+        reader.save_pretrained(base / "model")
+        (base / "model" / "config.json").write_text(
+            json.dumps({"model_type": "opt", "max_position_embeddings": positions})
+        )
+        inputs = {"labels": tmp_path / "labels", "tokenizer": base}
+        spec = StageSpec(PairsConfig(validation_fraction=0.2), inputs, output, tmp_path / "work", seed=0)
+        unite_preference_pairs(spec, ProgressLog(tmp_path / "progress.jsonl"))
+        dropped[name] = json.loads((output / "summary.json").read_text())["dropped"]["over_long"]
+    assert dropped == {"plain": 0, "fits": 0, "over": 1}
