@@ -93,7 +93,7 @@ def test_the_web_ui_shows_the_recipes_and_the_runs_of_the_command_line(
             os.killpg(process.pid, signal.SIGINT)  # Ctrl-C in its terminal
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        ended, deadline = process.poll() is not None, time.monotonic() + 15
+        ended, deadline = process.poll() is not None, time.monotonic() + 60
         while members(process.pid) and time.monotonic() < deadline:
             time.sleep(0.2)
         left = members(process.pid)
