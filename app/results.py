@@ -70,7 +70,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     """The tables for people, their footnotes, and the checks that failed."""
     (_print_policies if results["asset"] == "comparison" else _print_reward_model)(console, results)
     if results["decoding"]:
-        _print_sweep(console, results["recipe"], results["decoding"])
+        _print_sweep(console, results["decoding"])
     for check in results["checks"]:
         if not check["passed"]:
             line = f"Warning: {check['asset']}: {check['name']} does not hold. {check['detail']}"
@@ -127,7 +127,7 @@ def _print_reward_model(console: Console, results: dict[str, Any]) -> None:
 
 def _print_changes(console: Console, results: dict[str, Any]) -> None:
     """What each policy changed, over the same prompts; nothing for a comparison that did not count it."""
-    table = _table("Changes over the same prompts")
+    table = _table(f"Changes over the same prompts, score: {results['judge_title']}")
     table.add_column("policy", no_wrap=True)
     table.add_column("measure", no_wrap=True)
     for column in ("before", "after", "change [95%]"):
@@ -140,7 +140,7 @@ def _print_changes(console: Console, results: dict[str, Any]) -> None:
         name = f"{policy} from {row['changed_from']}"
         for title, column, change, digits in (
             ("BLEU", "bleu", "bleu", 1),
-            (results["judge_title"], "judge_score", "judge", 3),
+            ("score", "judge_score", "judge", 3),
             ("learned", "learned_score", "learned", 2),
         ):
             if row[f"{change}_change"] is not None:
@@ -157,27 +157,29 @@ def _print_changes(console: Console, results: dict[str, Any]) -> None:
     console.print(note, style="dim", highlight=False, markup=False)
 
 
-def _print_sweep(console: Console, recipe: str, sweep: dict[str, Any]) -> None:
-    judge = sweep["judge_title"]
-    table = _table(f"{recipe}: decoding of {sweep['policy']}, {sweep['prompts']} test prompts, judge: {judge}")
+def _print_sweep(console: Console, sweep: dict[str, Any]) -> None:
+    table = _table(f"Decoding of {sweep['policy']}, {sweep['prompts']} test prompts, score: {sweep['judge_title']}")
     table.add_column("setting", no_wrap=True)
-    for column in ("BLEU", judge, "learned", "distinct-1", "distinct-2", "repeated", "tokens", "ended"):
+    has_learned = sweep["table"][0]["learned_score"] is not None
+    for column in ("BLEU", "score", *(["learned"] if has_learned else []), "dist-2", "repeats", "tokens", "ended"):
         table.add_column(column, justify="right")
     for row in sweep["table"]:
-        learned = row["learned_score"]
+        learned = [f"{row['learned_score']:.2f}"] if has_learned else []
         table.add_row(
             row["setting"],
             f"{row['bleu']:.1f}",
-            f"{row['judge_score']:.3f} ±{1.96 * row['judge_score_se']:.3f}",
-            "–" if learned is None else f"{learned:.2f}",
-            f"{row['distinct_1']:.3f}",
-            f"{row['distinct_2']:.3f}",
-            f"{row['repetition']:.1%}",
+            f"{row['judge_score']:.3f}",
+            *learned,
+            f"{row['distinct_2']:.2f}",
+            f"{row['repetition']:.0%}",
             f"{row['mean_tokens']:.1f}",
             f"{row['eos_rate']:.0%}",
         )
     console.print(table)
-    note = "distinct-n: different n-grams over all tokens. repeated: 4-grams that stood in the response before."
+    note = (
+        "dist-2: different pairs of tokens, over all tokens. repeats: 4-grams that stood in the response before. "
+        "`align results --json` has intervals and distinct-1."
+    )
     console.print(note, style="dim", highlight=False, markup=False)
 
 

@@ -58,7 +58,7 @@ def test_results_as_json_and_as_a_table(smoke_home: Path, align: Run) -> None:
 
 
 def test_results_tell_what_each_policy_changed_and_what_decoding_does(smoke_home: Path, align: Run) -> None:
-    shown = align(smoke_home, "results", "smoke", env={"COLUMNS": "110"}).stdout
+    shown = align(smoke_home, "results", "smoke", env={"COLUMNS": "80"}).stdout
     (found,) = json.loads(align(smoke_home, "results", "smoke", "--json").stdout)
     before, after = found["policies"][:2]
     change = f"{after['bleu_change']:+.1f} [{after['bleu_change_low']:+.1f}, {after['bleu_change_high']:+.1f}]"
@@ -67,12 +67,12 @@ def test_results_tell_what_each_policy_changed_and_what_decoding_does(smoke_home
         "BLEU", f"{before['bleu']:.1f}", f"{after['bleu']:.1f}", *change.split()
     ]  # fmt: skip
     assert "ppo_policy from sft_model" in shown and "base_model from" not in shown
-    assert "smoke: decoding of sft_model, 6 test prompts, judge: gold score" in shown
+    assert "Decoding of sft_model, 6 test prompts, score: gold score" in shown
     assert [row["setting"] for row in found["decoding"]["table"]] == [
         "greedy", "temperature 1", "temperature 1, top-p 0.9", "beams 2"
     ]  # fmt: skip
     assert all(f"  {row['setting']} " in shown for row in found["decoding"]["table"])
-    assert max(map(len, shown.splitlines())) <= 110 and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
 
 
 def test_a_comparison_that_counted_no_changes_and_has_no_sweep_is_shown_all_the_same(
