@@ -161,7 +161,7 @@ def _print_sweep(console: Console, sweep: dict[str, Any]) -> None:
     table = _table(f"Decoding of {sweep['policy']}, {sweep['prompts']} test prompts, score: {sweep['judge_title']}")
     table.add_column("setting", no_wrap=True)
     has_learned = sweep["table"][0]["learned_score"] is not None
-    for column in ("BLEU", "score", *(["learned"] if has_learned else []), "dist-2", "repeats", "tokens", "ended"):
+    for column in ("BLEU", "score", *(["learned"] if has_learned else []), "dist-2", "rep-4", "tokens", "ended"):
         table.add_column(column, justify="right")
     for row in sweep["table"]:
         learned = [f"{row['learned_score']:.2f}"] if has_learned else []
@@ -177,7 +177,7 @@ def _print_sweep(console: Console, sweep: dict[str, Any]) -> None:
         )
     console.print(table)
     note = (
-        "dist-2: different pairs of tokens, over all tokens. repeats: 4-grams that stood in the response before. "
+        "dist-2: different pairs of tokens, over all tokens. rep-4: 4-grams that stood in the response before. "
         "`align results --json` has intervals and distinct-1."
     )
     console.print(note, style="dim", highlight=False, markup=False)
