@@ -231,13 +231,7 @@ class TestHubModel:
         return done.stdout
 
     def test_a_model_in_the_cache_is_taken_by_name(self, tmp_path: Path, tiny_models: Any) -> None:
-        repository = tmp_path / "hub home" / "hub" / "models--tiny-owner--tiny-opt"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(self.commit)
-        snapshot = repository / "snapshots" / self.commit
-        model = tiny_models.build("opt_projected")
-        model.save_pretrained(snapshot)
-        tiny_models.tokenizer.save_pretrained(snapshot)
+        model = self.fill_cache(tmp_path, tiny_models)
         assert self.run(tmp_path, "tiny-owner/tiny-opt") == ""
         output = tmp_path / "run" / "output"
         assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(output / "model")), logits_of(model))
@@ -246,8 +240,8 @@ class TestHubModel:
         assert source == {"source": "hub tiny-owner/tiny-opt", "revision": None, "commit": self.commit}
         assert "snapshots" not in json.loads((output / "model" / "config.json").read_text()).get("_name_or_path", "")
 
-    def fill_cache(self, folder: Path, tiny_models: Any, weights: Any) -> Any:
-        """A repository in the cache that holds a pytorch_model.bin and no safetensors, as facebook/opt-350m's does."""
+    def fill_cache(self, folder: Path, tiny_models: Any, weights: Any = None) -> Any:
+        """A repository in the cache; with `weights` it has them as a .bin and no safetensors, as opt-350m."""
         repository = folder / "hub home" / "hub" / "models--tiny-owner--tiny-opt"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(self.commit)
@@ -255,8 +249,9 @@ class TestHubModel:
         model = tiny_models.build("opt_projected")
         model.save_pretrained(snapshot)
         tiny_models.tokenizer.save_pretrained(snapshot)
-        (snapshot / "model.safetensors").unlink()
-        torch.save(weights(model), snapshot / "pytorch_model.bin")
+        if weights:
+            (snapshot / "model.safetensors").unlink()
+            torch.save(weights(model), snapshot / "pytorch_model.bin")
         return model
 
     def test_a_repository_of_a_bin_alone_is_published_as_safetensors(self, tmp_path: Path, tiny_models: Any) -> None:
