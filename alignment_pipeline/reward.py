@@ -21,7 +21,8 @@ from alignment_pipeline.classifier import padded, token_ids
 from alignment_pipeline.errors import ModelError
 from alignment_pipeline.limits import max_positions
 from alignment_pipeline.models import MODEL_FOLDER, load_scorer, load_tokenizer
-from alignment_pipeline.sequences import by_length
+from alignment_pipeline.padding import without_padding
+from alignment_pipeline.sequences import by_length, causal_lm_of
 from alignment_pipeline.statistics import wilson_interval, win_rate
 from alignment_pipeline.tokenization import TokenIds, encode_prompts, encode_responses
 
@@ -190,9 +191,10 @@ def score_responses(
 def score_rows(model: Any, rows: Sequence[TokenIds], pad_id: int, batch_size: int) -> list[float]:
     """Score of each prompt with its response, in order."""
     scores: dict[int, float] = {}
-    for numbers in by_length([len(row) for row in rows], batch_size):
-        batch = padded([rows[number] for number in numbers], pad_id, str(model.device))
-        scores.update(zip(numbers, model(**batch).logits[:, 0].float().tolist(), strict=True))
+    with without_padding(causal_lm_of(model).base_model):
+        for numbers in by_length([len(row) for row in rows], batch_size):
+            batch = padded([rows[number] for number in numbers], pad_id, str(model.device))
+            scores.update(zip(numbers, model(**batch).logits[:, 0].float().tolist(), strict=True))
     return [scores[number] for number in range(len(rows))]
 
 

@@ -7,7 +7,8 @@ on a CPU. Each measurement is a process of its own; the sides alternate. Four pa
 
 1. The same batches (`batching: shuffled` draws rows as TRL does): the loss of every step, side by side.
 2. Speed: real tokens a second from the second step on, ours as it comes (`batching: by_length`) and with the same
-   batches, and the held-out loss that was reached. Both sides' models are measured by the same code.
+   batches, and the held-out loss that was reached, also after a quarter more steps by length: other batches of as many
+   rows give another loss, and the question is how long ours takes to plain's. All models are measured by the same code.
 3. The whole: one `align run` of a recipe with sft, reward_model, ppo and dpo against the four scripts one after
    another, from process start to process end. TRL has had no PPO since 1.13; RLOO, its on-policy trainer, stands in,
    with as many responses, of the same greatest length, and as many optimizer steps.
@@ -33,7 +34,7 @@ import torch
 from ppo_vs_trl import QUIET, machine
 from ppo_vs_trl_limits import Rates
 from rich.console import Console
-from training_vs_trl_report import report
+from training_vs_trl_report import LONGER, SIDES, report
 from training_vs_trl_whole import run_plain_scripts, run_recipe
 from training_vs_trl_workload import Workload, held_out_loss, make_workload
 
@@ -41,7 +42,6 @@ from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm
 from resources.home import REPOSITORY
 
 STAGES = ("sft", "reward", "dpo")
-SIDES = ("plain", "same batches", "ours")
 BATCH_SIZE, SEED = 8, 42
 Json = dict[str, Any]
 _console = Console(stderr=True, highlight=False)
@@ -98,7 +98,8 @@ def measure(
     """One process of a side: its steps, the seconds of everything, and the held-out loss of what it trained."""
     output = folder / f"{stage}_{side.replace(' ', '_')}_{repeat}"
     settings = _settings(stage, output, workload, arguments)
-    settings["batching"] = "by_length" if side == "ours" else "shuffled"
+    settings["batching"] = "shuffled" if side == "same batches" else "by_length"
+    settings["steps"] = arguments.steps * 5 // 4 if side == LONGER else arguments.steps
     started = time.perf_counter()
     found = run_side("plain" if side == "plain" else "ours", stage, settings)
     seconds = time.perf_counter() - started
