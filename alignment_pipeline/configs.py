@@ -47,6 +47,20 @@ class StageConfig(BaseModel):
                 raise ValueError(f"found {item} (a boolean), expected a number, text or a list")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _part_revision_from_name(cls, values: Any) -> Any:
+        """`hub_name: owner/name@revision` is both in one, so that another name does not keep the revision."""
+        name = values.get("hub_name") if isinstance(values, dict) else None
+        if not isinstance(name, str) or "@" not in name:
+            return values
+        if values.get("hub_revision"):
+            raise ValueError(f"hub_name: found {name} beside hub_revision, expected the revision in one of them")
+        owner_and_name, _, revision = name.partition("@")
+        if not owner_and_name or not revision:
+            raise ValueError(f"hub_name: found {name}, expected owner/name or owner/name@revision")
+        return {**values, "hub_name": owner_and_name, "hub_revision": revision}
+
     def keyed_values(self) -> dict[str, Any]:
         """The values that take part in the artifact key."""
         unkeyed = {
@@ -74,8 +88,8 @@ class DataConfig(StageConfig):
     )
     hub_name: str | None = Field(
         None,
-        description="Dataset on the Hugging Face hub, for example owner/name. All files of the repository are fetched, "
-        "or with hub_data_dir those of that folder.",
+        description="Dataset on the Hugging Face hub, owner/name or owner/name@revision. All files of the repository "
+        "are fetched, or with hub_data_dir those of that folder.",
     )
     hub_revision: str | None = Field(None, description="Commit or tag of the hub dataset; null takes its main branch.")
     hub_split: str = Field("train", description="Split of the hub dataset that is read.")
@@ -149,7 +163,7 @@ class BaseModelConfig(StageConfig):
     path: str | None = Field(
         None, description="Folder of a causal language model (safetensors) and tokenizer.", json_schema_extra=UNKEYED
     )
-    hub_name: str | None = Field(None, description="Model on the Hugging Face hub, for example facebook/opt-350m.")
+    hub_name: str | None = Field(None, description="Model on the Hugging Face hub, owner/name or owner/name@revision.")
     hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
     vocab_size: int = Field(1024, ge=300, description="Tokens of the built byte-level BPE tokenizer, special included.")
     hidden_size: int = Field(128, ge=8, description="Width of the built OPT model; a multiple of num_heads.")
@@ -291,13 +305,13 @@ class RewardModelConfig(TrainerFields):
         "tokenizer. A score head that it lacks is drawn from the seed.",
         json_schema_extra=UNKEYED,
     )
-    hub_name: str | None = Field(None, description="The same, on the Hugging Face hub, for example owner/name.")
+    hub_name: str | None = Field(None, description="The same, on the Hugging Face hub, owner/name[@revision].")
     hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
     max_tokens: int | None = Field(
         None,
         ge=8,
         description="Pairs of which a side (prompt and response, special tokens included) is longer are dropped and "
-        "counted; null: only those that the model cannot read. Of a longer text to score, a given model reads the end.",
+        "counted; null: only those that the model cannot read. Of a longer text to score the end is read.",
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate (TRL's default is 1e-4).")
     license: str | None = Field(
@@ -326,7 +340,7 @@ class RewardClassifierConfig(StageConfig):
         None, description="Folder of a sequence classifier (safetensors) and tokenizer.", json_schema_extra=UNKEYED
     )
     hub_name: str | None = Field(
-        None, description="Sequence classifier on the Hugging Face hub, for example owner/name."
+        None, description="Sequence classifier on the Hugging Face hub, owner/name or owner/name@revision."
     )
     hub_revision: str | None = Field(None, description="Commit or tag of the hub model; null takes its main branch.")
     train_path: str | None = Field(

@@ -67,8 +67,8 @@ class EvaluationConfig(DecodingFields):
 class DecodingSweepConfig(StageConfig):
     """One policy's responses under several decoding settings, one knob changed at a time.
 
-    Temperatures stand alone. Top-k and top-p sample at temperature 1; beams, repetition penalties and shortest lengths
-    go with greedy decoding.
+    Temperatures stand alone. Top-k and top-p sample at temperature 1; beams, repetition penalties, shortest and longest
+    lengths go with greedy decoding.
     """
 
     policy: PolicyName | None = Field(
@@ -92,15 +92,17 @@ class DecodingSweepConfig(StageConfig):
     min_new_tokens: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="Shortest responses of greedy decoding, tokens."
     )
+    max_lengths: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="Longest responses of greedy decoding that are tried beside max_new_tokens, tokens."
+    )
 
     @model_validator(mode="after")
     def _settings_can_work(self) -> Self:
-        longest = max(self.min_new_tokens, default=0)
-        if longest > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens: found {longest}, expected at most max_new_tokens ({self.max_new_tokens})"
-            )
+        for name in ("min_new_tokens", "max_lengths"):
+            longest = max(getattr(self, name), default=0)
+            if longest > self.max_new_tokens:
+                raise ValueError(f"{name}: found {longest}, expected at most max_new_tokens ({self.max_new_tokens})")
         knobs = (self.temperatures, self.top_ks, self.top_ps, self.num_beams, self.repetition_penalties)
-        if not any((*knobs, self.min_new_tokens)):
+        if not any((*knobs, self.min_new_tokens, self.max_lengths)):
             raise ValueError("found no value of any knob, expected at least one, for example temperatures: [0, 1]")
         return self

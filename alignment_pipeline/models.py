@@ -79,7 +79,8 @@ def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedMod
     if (policy / MODEL_FOLDER).exists():
         return load_causal_lm(policy / MODEL_FOLDER, device)
     model = load_causal_lm(trunk / MODEL_FOLDER, device)
-    return PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER)).merge_and_unload().eval()
+    adapted = PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER), torch_device=device)
+    return adapted.merge_and_unload().eval()
 
 
 def load_scorer(artifact: Path, trunk: Path | None, device: str = "cpu") -> PreTrainedModel:
@@ -92,8 +93,9 @@ def load_scorer(artifact: Path, trunk: Path | None, device: str = "cpu") -> PreT
         return new_scorer(artifact / MODEL_FOLDER).to(device).eval()
     if trunk is None:
         raise ModelError(f"{artifact}: found no {MODEL_FOLDER}/, expected one, or the trunk that the adapter is for.")
-    model = PeftModel.from_pretrained(new_scorer(trunk / MODEL_FOLDER), str(artifact / ADAPTER_FOLDER))
-    return model.merge_and_unload().to(device).eval()
+    scorer = new_scorer(trunk / MODEL_FOLDER).to(device)
+    adapted = PeftModel.from_pretrained(scorer, str(artifact / ADAPTER_FOLDER), torch_device=device)
+    return adapted.merge_and_unload().eval()
 
 
 def load_classifier(folder: Path, device: str = "cpu") -> PreTrainedModel:

@@ -17,7 +17,9 @@ from alignment_pipeline.errors import ModelError
 _WINDOW_STEPS = 50  # steps among whose rows the similar ones are looked for
 _LEAST_WINDOWS = 4  # a pass over few rows has several windows all the same, so that batches differ between passes
 PASS_TOKENS = 64
-"""Tokens of padding that one more forward pass is worth."""
+"""Tokens of padding that one more forward pass is worth on a CPU."""
+_GPU_PASS_TOKENS = 4096
+"""The same on a GPU, which starts thousands of kernels a pass; estimated, not measured."""
 
 
 def order_by_length(lengths: Sequence[int], step_rows: int, rows: int, seed: int) -> list[int]:
@@ -101,7 +103,7 @@ def _in_passes(original: Callable[..., Any]) -> Callable[..., Any]:
         if input_ids is None or not is_batch or not bool(attention_mask[:, 0].all()):
             return original(input_ids, attention_mask=attention_mask, **options)
         lengths = attention_mask.sum(1).tolist()
-        groups = passes(lengths)
+        groups = passes(lengths, _GPU_PASS_TOKENS) if input_ids.is_cuda else passes(lengths)
         states: list[torch.Tensor] = []
         for rows in groups:
             columns = max(lengths[row] for row in rows)

@@ -58,6 +58,14 @@ class Example(NamedTuple):
     messages: list[Message] | None = None
 
 
+class Answered(NamedTuple):
+    """A prompt, as in `Example`, and responses to it."""
+
+    instruction: str
+    messages: list[Message] | None
+    responses: list[str]
+
+
 class Refused(NamedTuple):
     """Why a record cannot be used: the quarantine reason and what was found."""
 
@@ -93,6 +101,27 @@ def read_example(value: Any, config: DataConfig) -> Example | Refused:
     return example
 
 
+def read_pair(record: Record) -> Answered | Refused:
+    """The prompt and both responses, chosen and rejected, of preference data; they may be the same."""
+    try:
+        return _pair(record)
+    except _Unusable as unusable:
+        return Refused(*unusable.args)
+
+
+def read_prompt(prompt: Any) -> Answered | Refused:
+    """A prompt that stands by itself, a text, a dialogue or messages, without a response."""
+    try:
+        return Answered(*_prompt_of(_given_prompt(prompt)), [])
+    except _Unusable as unusable:
+        return Refused(*unusable.args)
+
+
+def is_dialogue(text: Any) -> bool:
+    """Whether a text has turns, "\\n\\nHuman: …"."""
+    return isinstance(text, str) and text.startswith(_DIALOGUE)
+
+
 def renamed(record: Record, columns: Mapping[str, str | None]) -> Record:
     """A record with our names for its columns; one that is mapped to None is left out."""
     others = {name: value for name, value in record.items() if name not in columns}
@@ -121,6 +150,15 @@ def _instruction(record: Record) -> Example:
 
 
 def _preference(record: Record) -> Example:
+    instruction, messages, (chosen, rejected) = _pair(record)
+    _refuse_blank("chosen", chosen)
+    _refuse_blank("rejected", rejected)
+    if chosen == rejected:
+        raise _Unusable("identical_pair", shown(chosen))
+    return Example(instruction, "", chosen, rejected, messages)
+
+
+def _pair(record: Record) -> Answered:
     _require(record, "chosen", "rejected")
     prompt, chosen = _answered("chosen", record)
     other_prompt, rejected = _answered("rejected", record)
@@ -128,12 +166,7 @@ def _preference(record: Record) -> Example:
         first = next((i for i, pair in enumerate(zip(prompt, other_prompt, strict=False)) if pair[0] != pair[1]), None)
         counts = f"{len(prompt)} messages before chosen, {len(other_prompt)} before rejected"
         raise _Unusable("prompts_differ", counts if first is None else f"{counts}; the first to differ is {first + 1}")
-    instruction, messages = _prompt_of(prompt)
-    _refuse_blank("chosen", chosen)
-    _refuse_blank("rejected", rejected)
-    if chosen == rejected:
-        raise _Unusable("identical_pair", shown(chosen))
-    return Example(instruction, "", chosen, rejected, messages)
+    return Answered(*_prompt_of(prompt), [chosen, rejected])
 
 
 def _conversation(record: Record) -> Example:
@@ -161,8 +194,7 @@ def _answered(name: str, record: Record) -> tuple[list[Message], str]:
             return _whole(name, _turns(side), [_stripped(turn) for turn in prompt])
         if given is None:
             raise _Unusable("missing_key", f"no prompt, and {name} is no dialogue from {_DIALOGUE!r} on: {shown(side)}")
-        is_dialogue = isinstance(given, str) and given.startswith(_DIALOGUE)
-        return prompt, side.strip() if is_dialogue else side
+        return prompt, side.strip() if is_dialogue(given) else side
     turns = _messages(name, side)
     if given is None and len(turns) == 1:
         raise _Unusable("missing_key", f"no prompt, and {name} is one message")

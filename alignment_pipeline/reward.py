@@ -56,6 +56,21 @@ class RewardEncoder:
         known = [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
         return cls(tokenizer, own, min(known, default=None))
 
+    @classmethod
+    def load(cls, artifact: Path, trunk: Path | None) -> Self:
+        """How a reward model's artifact reads; see `RewardScorer.load`.
+
+        Raises:
+            ModelError: The tokenizer cannot be read, or the trunk is missing.
+        """
+        summary = _summary(artifact)
+        if summary.get(OWN_TOKENIZER):
+            tokenizer = AutoTokenizer.from_pretrained(artifact / MODEL_FOLDER, local_files_only=True)
+            return cls.within(tokenizer, max_positions(artifact), summary[MAX_TOKENS], own=True)
+        if trunk is None:
+            raise ModelError(f"{artifact}: the reward model reads its trunk's tokens; expected the trunk's artifact.")
+        return cls.within(load_tokenizer(trunk), max_positions(trunk), summary.get(MAX_TOKENS), own=False)
+
     def encode(self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool]) -> list[TokenIds]:
         """Token ids of each prompt with its response, whole even where that is too long.
 
@@ -110,14 +125,7 @@ class RewardScorer:
         Raises:
             ModelError: The model or its tokenizer cannot be read, or the trunk is missing.
         """
-        summary = _summary(artifact)
-        if summary.get(OWN_TOKENIZER):
-            tokenizer = AutoTokenizer.from_pretrained(artifact / MODEL_FOLDER, local_files_only=True)
-            encoder = RewardEncoder.within(tokenizer, max_positions(artifact), summary[MAX_TOKENS], own=True)
-        elif trunk is None:
-            raise ModelError(f"{artifact}: the reward model reads its trunk's tokens; expected the trunk's artifact.")
-        else:
-            encoder = RewardEncoder.within(load_tokenizer(trunk), max_positions(trunk), None, own=False)
+        encoder = RewardEncoder.load(artifact, trunk)
         return cls(load_scorer(artifact, trunk, device), encoder)
 
     def score(
@@ -152,7 +160,8 @@ class RewardScorer:
             batch_size: Rows at a time.
         """
         if not self.encoder.own:
-            return score_responses(self.model, prompts, responses, self._pad_id, batch_size)
+            rows = [self.encoder.cut([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
+            return score_rows(self.model, rows, self._pad_id, batch_size)
         answered = tokenizer.batch_decode(list(responses), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ended = [row[-1:] == [tokenizer.eos_token_id] for row in responses]
         return self.score(texts, answered, ended, batch_size)
@@ -179,17 +188,9 @@ class Preference:
         return cls(rate, *wilson_interval(rate, len(scores)), len(scores))
 
 
-def score_responses(
-    model: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int, batch_size: int
-) -> list[float]:
-    """Score of each response, in order. A complete response carries the end token, as in the model's training."""
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    return score_rows(model, rows, pad_id, batch_size)
-
-
 @torch.inference_mode()
 def score_rows(model: Any, rows: Sequence[TokenIds], pad_id: int, batch_size: int) -> list[float]:
-    """Score of each prompt with its response, in order."""
+    """Score of each prompt with its response, in order; a complete response carries the end token, as in training."""
     scores: dict[int, float] = {}
     with without_padding(causal_lm_of(model).base_model):
         for numbers in by_length([len(row) for row in rows], batch_size):

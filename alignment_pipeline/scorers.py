@@ -17,7 +17,7 @@ from alignment_pipeline.errors import RecipeError
 from alignment_pipeline.generation import Response
 from alignment_pipeline.ppo.policy import PolicyWithValue
 from alignment_pipeline.ppo.rollout import Prompt
-from alignment_pipeline.reward import RewardScorer
+from alignment_pipeline.reward import RewardEncoder, RewardScorer
 from alignment_pipeline.sequences import by_length, pack
 
 
@@ -38,18 +38,16 @@ class RewardModelScorer:
 class SharedTrunkScorer:
     """A reward model that is an adapter and a score head on the policy's own trunk."""
 
-    def __init__(self, policy: PolicyWithValue, pad_id: int, batch_size: int) -> None:
-        self._policy, self._pad_id, self._batch_size = policy, pad_id, batch_size
+    def __init__(self, policy: PolicyWithValue, encoder: RewardEncoder, batch_size: int) -> None:
+        self._policy, self._encoder, self._batch_size = policy, encoder, batch_size
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
         """Scores in the order of the responses."""
-        lengths = [len(p.token_ids) + len(r.token_ids) for p, r in zip(prompts, responses, strict=True)]
-        scores = torch.zeros(len(lengths))
-        for rows in by_length(lengths, self._batch_size):
-            batch = pack(
-                [prompts[row].token_ids for row in rows], [responses[row].token_ids for row in rows],
-                self._pad_id, self._policy.device,
-            )  # fmt: skip
+        read = [self._encoder.cut([*p.token_ids, *r.token_ids]) for p, r in zip(prompts, responses, strict=True)]
+        scores = torch.zeros(len(read))
+        pad_id = self._encoder.tokenizer.pad_token_id
+        for rows in by_length([len(row) for row in read], self._batch_size):
+            batch = pack([read[row] for row in rows], [[]] * len(rows), pad_id, self._policy.device)
             scores[rows] = self._policy.reward_scores(batch).cpu()
         return scores.tolist()
 

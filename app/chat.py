@@ -13,6 +13,7 @@ from alignment_pipeline.limits import max_positions
 from alignment_pipeline.recipe import Recipe, explain_validation
 from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.device import named_device, only_device
 from resources.home import alignment_home
 from resources.prompt_form import template_of
 from resources.runs import RunRecords
@@ -50,6 +51,7 @@ def chat_with(console: Console, recipe: Recipe, policy: str, decoding: DecodingF
         raise MissingArtifactError(f"{policy} of {recipe.name} has not been made yet. Run `align run {recipe.name}`.")
     trunk = _trunk_of(store, current[policy])
     console.print("Loading…", style="dim")
+    device = only_device(named_device())
     from alignment_pipeline.decoding import respond
     from alignment_pipeline.models import load_policy, load_tokenizer
     from alignment_pipeline.tokenization import encode_prompts
@@ -59,7 +61,7 @@ def chat_with(console: Console, recipe: Recipe, policy: str, decoding: DecodingF
     template = Template(name, tokenizer) if name else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
-        model = load_policy(store.verify(current[policy]), store.verify(trunk))
+        model = load_policy(store.verify(current[policy]), store.verify(trunk), device)
     console.print(f"{policy} of {recipe.name} ({trunk_asset(recipe)} is its trunk). An empty line ends.", style="dim")
     limit = max_positions(store.path(trunk))
     turn = 0

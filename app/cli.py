@@ -190,7 +190,8 @@ def score(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="JSON lines {prompt, response}, or {prompt, response_a, response_b} to compare; else standard input."
+            help="JSON lines {prompt, response}; or {prompt, response_a, response_b}, or {prompt, chosen, rejected}, "
+            "to compare; else standard input."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for a program.")] = False,

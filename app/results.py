@@ -4,7 +4,7 @@ They are of its comparison and decoding sweep or, where it has no policies, of i
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from alignment_pipeline.errors import MissingArtifactError
 from alignment_pipeline.identity import read_jsonl
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.runs import RunRecords
+
+_ON_PAIRS = {"reward_model": "reward", "dpo_policy": "dpo"}
+"""Asset → beginning of its metrics' names."""
 
 
 def load_results(home: Path, recipe: str, run_id: str | None = None) -> dict[str, Any]:
@@ -44,11 +47,23 @@ def load_results(home: Path, recipe: str, run_id: str | None = None) -> dict[str
         "created_at": store.manifest(ref)["created_at"],
         **summary,
         **table,
+        "held_out": _held_out(store, assets),
         "decoding": _sweep(store, assets["decoding_sweep"]) if "decoding_sweep" in assets else None,
         "checks": [
             {"asset": asset, **check} for asset, made in assets.items() for check in store.manifest(made)["checks"]
         ],
     }
+
+
+def _held_out(store: ArtifactStore, assets: Mapping[str, ArtifactRef]) -> dict[str, dict[str, float]]:
+    """Accuracy and mean margin on held-out preference pairs, of what was trained on pairs."""
+    found = {}
+    for asset, prefix in _ON_PAIRS.items():
+        metrics = store.manifest(assets[asset])["metrics"] if asset in assets else {}
+        names = {name: f"{prefix}/held_out_{name}" for name in ("accuracy", "margin")}
+        if metrics.keys() >= set(names.values()):
+            found[asset] = {name: metrics[metric] for name, metric in names.items()}
+    return found
 
 
 def _sweep(store: ArtifactStore, ref: ArtifactRef) -> dict[str, Any]:
@@ -99,6 +114,12 @@ def _print_policies(console: Console, results: dict[str, Any]) -> None:
     console.print(table)
     note = f"Win rates and KL (a response) are against {opponent}; ± and [ ] are 95% intervals; ties count half a win."
     console.print(note, style="dim", highlight=False, markup=False)
+    if results["held_out"]:
+        told = (
+            f"{asset} tells {values['accuracy']:.1%} right, mean margin {values['margin']:.3f}"
+            for asset, values in results["held_out"].items()
+        )
+        console.print(f"Held-out preference pairs: {'; '.join(told)}.", style="dim", highlight=False, markup=False)
     _print_changes(console, results)
 
 

@@ -14,14 +14,20 @@ from rich.table import Table
 from alignment_pipeline.errors import DataError, MissingArtifactError, RecipeError
 from alignment_pipeline.graph import build_graph
 from alignment_pipeline.recipe import Recipe
+from alignment_pipeline.record_forms import Answered, Refused, is_dialogue, read_pair, read_prompt
+from alignment_pipeline.rows import shown
 from alignment_pipeline.templates import Template
 from resources.artifact_store import ArtifactRef, ArtifactStore
+from resources.device import named_device, only_device
 from resources.home import alignment_home
 from resources.prompt_form import template_of
 from resources.runs import RunRecords
 
-ONE = ("prompt", "response")
-TWO = ("prompt", "response_a", "response_b")
+_PAIR = ("chosen", "rejected")
+_SIDES = (("response",), ("response_a", "response_b"), _PAIR)
+_EXPECTED = (
+    'expected {"prompt": …, "response": …}, or in every line "response_a" and "response_b" (or "chosen" and "rejected")'
+)
 _REWARDS = ("reward_model", "reward_classifier")
 _BATCH_SIZE = 32
 _SHOWN_CHARS = 48
@@ -36,7 +42,9 @@ def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: 
     Args:
         console: Where tables go; JSON goes to standard output.
         recipe: Its current reward model scores, or its classifier by the logit of its label.
-        file: JSON lines {prompt, response} or {prompt, response_a, response_b}; standard input if None.
+        file: JSON lines {prompt, response}, {prompt, response_a, response_b} or, A being the chosen one, {prompt,
+            chosen, rejected}; standard input if None. Prompts are texts, dialogues "\\n\\nHuman: …" or messages, as in
+            preference data; for a recipe of plain texts they are texts.
         as_json: Print JSON lines.
 
     Raises:
@@ -52,14 +60,18 @@ def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: 
     refs = RunRecords(alignment_home()).current(recipe.name)
     if rewards[0] not in refs:
         raise MissingArtifactError(f"{rewards[0]} of {recipe.name} has not been made. Run `align run {recipe.name}`.")
-    rows = read_lines(_lines(file), "standard input" if file is None else str(file))
+    device = only_device(named_device())
+    where = "standard input" if file is None else str(file)
+    records = read_lines(_lines(file), where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between transformers and PEFT
         template = _template(recipe, refs, refs[rewards[0]])
-        score = _scorer(refs[rewards[0]], template.tokenizer if template else None)
-        prompts = [_in_template(template, row["prompt"]) for row in rows]
+        rows = [_answered(record, place, plain=template is None) for place, record in records.items()]
+        score = _scorer(refs[rewards[0]], template.tokenizer if template else None, device)
+        prompts = [_in_template(template, row) for row in rows]
         start = template.response_start if template else ""
-        scores = [score(prompts, [start + row[side] for row in rows]) for side in list(rows[0])[1:]]
+        sides = zip(*(row.responses for row in rows), strict=True)
+        scores = [score(prompts, [start + response for response in side]) for side in sides]
     if as_json:
         for line in _as_json(scores):
             sys.stdout.write(json.dumps(line) + "\n")
@@ -67,31 +79,62 @@ def score_file(console: Console, recipe: Recipe, file: Path | None, *, as_json: 
         _print(console, f"{rewards[0]} of {recipe.name}", rows, scores)
 
 
-def read_lines(lines: Iterable[str], where: str) -> list[dict[str, str]]:
-    """Rows with the keys `ONE`, or all with the keys `TWO`; blank lines are left out.
+def read_lines(lines: Iterable[str], where: str) -> dict[str, dict[str, Any]]:
+    """Records by where they stand, all with the same keys; blank lines are left out.
 
     Raises:
-        DataError: There is no row, or a line holds something else.
+        DataError: There is no record, or a line holds something else.
     """
-    expected = f'expected {{"{ONE[0]}": text, "{ONE[1]}": text}}, or in every line "{TWO[1]}" and "{TWO[2]}"'
-    rows: list[dict[str, str]] = []
+    found: dict[str, dict[str, Any]] = {}
+    first: dict[str, Any] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        place = f"{where}, line {number}"
         try:
-            value: Any = json.loads(line)
+            record: Any = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where}, line {number}: found no JSON ({error}), {expected}.") from error
-        found = set(value) if isinstance(value, dict) else set()
-        keys = next((keys for keys in (TWO, ONE) if found == set(keys)), None)
-        if keys is None or not all(isinstance(text, str) for text in value.values()):
-            raise DataError(f"{where}, line {number}: found {line.strip()[:80]}, {expected}.")
-        if rows and list(rows[0]) != list(keys):
-            raise DataError(f"{where}, line {number}: found {', '.join(keys)} after {', '.join(rows[0])}, {expected}.")
-        rows.append({key: value[key] for key in keys})
-    if not rows:
-        raise DataError(f"{where}: found no line, {expected}.")
-    return rows
+            raise DataError(f"{place}: found no JSON ({error}), {_EXPECTED}.") from error
+        if not _sides(record):
+            raise DataError(f"{place}: found {line.strip()[:80]}, {_EXPECTED}.")
+        first = first or record
+        if _sides(first) != _sides(record):
+            now, before = (" and ".join(_sides(each)) for each in (record, first))
+            raise DataError(f"{place}: found {now} after {before}, {_EXPECTED}.")
+        found[place] = record
+    if not found:
+        raise DataError(f"{where}: found no line, {_EXPECTED}.")
+    return found
+
+
+def _sides(record: Any) -> tuple[str, ...]:
+    """The keys of a record's responses, whatever else it has; none if it has not both."""
+    keys = set(record) if isinstance(record, dict) else set()
+    return next((sides for sides in _SIDES if keys.issuperset(sides)), ())
+
+
+def _answered(record: Mapping[str, Any], place: str, *, plain: bool) -> Answered:
+    """A record's prompt and responses; responses, and in a recipe of plain texts prompts, are taken as they are.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    sides, prompt = _sides(record), record.get("prompt")
+    if sides == _PAIR and not plain:
+        found = read_pair(record)
+    else:
+        texts = {"prompt": prompt} if plain else {}
+        texts |= {side: record[side] for side in sides}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise DataError(f"{place}: found {name}: {shown(text)}, expected a text.")
+        as_it_is = plain or (isinstance(prompt, str) and not is_dialogue(prompt))
+        found = Answered(str(prompt), None, []) if as_it_is else read_prompt(prompt)
+        if isinstance(found, Answered):
+            found = found._replace(responses=[record[side] if as_it_is else record[side].strip() for side in sides])
+    if isinstance(found, Refused):
+        raise DataError(f"{place}: found {found.reason}: {found.detail}; {_EXPECTED}.")
+    return found
 
 
 def _lines(file: Path | None) -> list[str]:
@@ -120,11 +163,11 @@ def _template(recipe: Recipe, refs: Mapping[str, ArtifactRef], reward: ArtifactR
     return Template(name, load_tokenizer(store.verify(base)))
 
 
-def _in_template(template: Template | None, prompt: str) -> str:
-    return template.prompt({"instruction": prompt, "input": ""}) if template else prompt
+def _in_template(template: Template | None, row: Answered) -> str:
+    return template.prompt({**row._asdict(), "input": ""}) if template else row.instruction
 
 
-def _scorer(ref: ArtifactRef, chat_tokenizer: Any) -> Score:
+def _scorer(ref: ArtifactRef, chat_tokenizer: Any, device: str) -> Score:
     """How an artifact scores; a classifier reads chats without their special tokens, as in PPO and in evaluations."""
     from transformers.utils import logging
 
@@ -137,7 +180,7 @@ def _scorer(ref: ArtifactRef, chat_tokenizer: Any) -> Score:
     store = ArtifactStore(alignment_home())
     folder = store.verify(ref)
     if ref.stage == "reward_classifier":
-        classifier = ClassifierScorer.load(folder)
+        classifier = ClassifierScorer.load(folder, device=device)
 
         def texts(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
             if chat_tokenizer is None:
@@ -148,7 +191,7 @@ def _scorer(ref: ArtifactRef, chat_tokenizer: Any) -> Score:
 
         return lambda prompts, responses: classifier.scores(texts(prompts, responses), _BATCH_SIZE)
     trunk = store.manifest(ref)["inputs"].get("trunk")
-    scorer = RewardScorer.load(folder, store.verify(ArtifactRef(**trunk)) if trunk else None)
+    scorer = RewardScorer.load(folder, store.verify(ArtifactRef(**trunk)) if trunk else None, device)
     return lambda prompts, responses: scorer.score(prompts, responses, batch_size=_BATCH_SIZE)
 
 
@@ -162,14 +205,14 @@ def _as_json(scores: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
     return [*pairs, {"preference_of_a": vars(Preference.between(*scores))}]
 
 
-def _print(console: Console, title: str, rows: Sequence[dict[str, str]], scores: Sequence[Sequence[float]]) -> None:
+def _print(console: Console, title: str, rows: Sequence[Answered], scores: Sequence[Sequence[float]]) -> None:
     title = f"Scores by {title}"
     table = Table("prompt", title=title, min_width=len(title), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     columns = ["score"] if len(scores) == 1 else ["score of A", "score of B", "preferred"]
     for column in columns:
         table.add_column(column, justify="right")
     for row, numbers in zip(rows, zip(*scores, strict=True), strict=True):
-        prompt = " ".join(row["prompt"].split())
+        prompt = " ".join(row.instruction.split())
         shown = prompt if len(prompt) <= _SHOWN_CHARS else prompt[: _SHOWN_CHARS - 1] + "…"
         verdict = [_preferred(*numbers) or "neither"] if len(numbers) == 2 else []
         table.add_row(shown, *(f"{number:.3f}" for number in numbers), *verdict)

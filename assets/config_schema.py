@@ -11,10 +11,11 @@ from alignment_pipeline.configs import StageConfig
 
 def launchpad_schema(config: StageConfig, seed: int) -> dict[str, dg.Field]:
     """Dagster config fields with the recipe's values as defaults, and the seed."""
+    values = as_written(config)
     fields = {
         name: dg.Field(
             _dagster_type(field.annotation),
-            default_value=getattr(config, name),
+            default_value=values[name],
             description=field.description,
             is_required=False,
         )
@@ -22,6 +23,14 @@ def launchpad_schema(config: StageConfig, seed: int) -> dict[str, dg.Field]:
     }
     seed_field = dg.Field(int, default_value=seed, description="Seed of every random choice.", is_required=False)
     return {"seed": seed_field, **fields}
+
+
+def as_written(config: StageConfig) -> dict[str, Any]:
+    """A section's values; a hub name has its revision, as in recipes, so that another name does not keep it."""
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    if values.get("hub_name") and values.get("hub_revision"):
+        values |= {"hub_name": f"{values['hub_name']}@{values['hub_revision']}", "hub_revision": None}
+    return values
 
 
 def _dagster_type(annotation: Any) -> Any:

@@ -71,12 +71,15 @@ def main() -> None:
                 wholes.append(run(folder / f"whole_{repeat}", workload, arguments.steps, BATCH_SIZE, SEED))
                 _console.print(f"{wholes[-1]['side']}: {wholes[-1]['total_s']:.0f} s {wholes[-1]['parts_s']}")
         base = workload.base_model / MODEL_FOLDER
-        parameters, sft_loss = load_causal_lm(base).num_parameters(), held_out_loss("sft", base, workload)
+        model, sft_loss = load_causal_lm(base), held_out_loss("sft", base, workload)
+        head = model.get_output_embeddings().weight.numel()
+        layers = sum(each.numel() for name, each in model.named_parameters() if "embed" not in name)
     result = {
         "settings": {"steps": arguments.steps, "threads": arguments.threads, "batch_size": BATCH_SIZE},
         "machine": machine() | {"load_before": load_before},
         "versions": {"torch": torch.__version__, "trl": _version("trl"), "transformers": _version("transformers")},
-        "parameters": parameters,
+        "parameters": model.num_parameters(),
+        "multiplied": {"sft": layers + head, "reward": layers, "dpo": layers + head},
         "losses_before": {"sft": sft_loss, "reward": math.log(2), "dpo": math.log(2)},
         "runs": runs,
         "wholes": wholes,

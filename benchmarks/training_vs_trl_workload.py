@@ -18,7 +18,7 @@ from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokeniz
 from alignment_pipeline.preferences import make_pair
 from alignment_pipeline.progress import ProgressLog
 from alignment_pipeline.prompts import format_prompt, prompt_id
-from alignment_pipeline.reward import score_responses
+from alignment_pipeline.reward import score_rows
 from alignment_pipeline.sequences import sum_logprobs
 from alignment_pipeline.stage import StageSpec, stage_function
 from alignment_pipeline.tokenization import encode, encode_side
@@ -154,7 +154,8 @@ def held_out_loss(stage: str, model: Path, workload: Workload) -> float:
     sides = [encode_side(tokenizer, pairs, side) for side in ("chosen", "rejected")]
     if stage == "reward":
         scorer = new_scorer(model).eval()
-        chosen, rejected = (score_responses(scorer, prompts, side, pad_id, 16) for side in sides)
+        texts = ([[*prompt, *ids] for prompt, ids in zip(prompts, side, strict=True)] for side in sides)
+        chosen, rejected = (score_rows(scorer, rows, pad_id, 16) for rows in texts)
         margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
     else:
         models = (load_causal_lm(model), load_causal_lm(workload.base_model / MODEL_FOLDER))

@@ -5,11 +5,13 @@ The same code path serves a run in one process, a process a step, and the web UI
 
 import contextlib
 import errno
+import gc
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -195,6 +197,7 @@ class Compute:
             shutil.rmtree(staging, ignore_errors=True)
             if tracked:
                 self.tracking.finish(tracked, exit_code, log.path, dict(result.metrics))
+            _free_device(self.device)
         shutil.rmtree(work)
         return ref
 
@@ -235,11 +238,28 @@ def _report(result: StageResult, wall_s: float, device: str) -> dict[str, Any]:
             "git_commit": _git_commit(),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "device": device,
+            "device": _named(device),
             "cpu_count": os.cpu_count(),
             "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     }
+
+
+def _free_device(device: str) -> None:
+    """Give back what a stage's models hold on a GPU: trainers are cycles, which Python collects when it likes."""
+    torch = sys.modules.get("torch")  # a stage that did not import it has nothing there
+    if torch is not None and device.startswith("cuda"):
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # a GPU that failed the stage fails here again
+            torch.cuda.empty_cache()
+
+
+def _named(device: str) -> str:
+    """The device, of a GPU with its make and torch's CUDA version: `cuda:0 (NVIDIA H100 80GB HBM3, CUDA 13.0)`."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda") or not torch.cuda.is_initialized():
+        return device  # the stage did not use it
+    return f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
 
 
 def _git_commit() -> str | None:

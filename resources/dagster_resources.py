@@ -9,11 +9,10 @@ import dagster as dg
 
 from alignment_pipeline.errors import AlignmentError
 from resources.compute import Compute
+from resources.device import named_device, only_device
 from resources.home import alignment_home, prepare_home
 from resources.lineage.index import Lineage
 from resources.tracking import Tracking
-
-DEVICE_VARIABLE = "ALIGNMENT_DEVICE"
 
 
 class ArtifactStoreResource(dg.ConfigurableResource[Any]):
@@ -57,7 +56,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
 
     def engine(self) -> Compute:
         """What makes assets in this process."""
-        device = _only_visible(self.device if self.device != "auto" else _best_device())
+        device = only_device(self.device)
         return Compute(self.artifact_store.folder(), self.tracking.tracker(), device, self.lineage.index())
 
 
@@ -72,32 +71,12 @@ def default_resources(home: Path | None = None) -> dict[str, Any]:
     store = ArtifactStoreResource(home=str(home or alignment_home()))
     tracking = TrackingResource(artifact_store=store, project=os.environ.get("WANDB_PROJECT", "alignment-pipeline"))
     lineage = LineageResource(artifact_store=store)
-    device = os.environ.get(DEVICE_VARIABLE, "auto")
     return {
         "artifact_store": store,
         "lineage": lineage,
         "tracking": tracking,
-        "compute": ComputeResource(artifact_store=store, lineage=lineage, tracking=tracking, device=device),
+        "compute": ComputeResource(artifact_store=store, lineage=lineage, tracking=tracking, device=named_device()),
     }
-
-
-def _best_device() -> str:
-    """`cuda:0` where the driver is there, without importing torch to find out (a reused asset never needs it)."""
-    if Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists():
-        return "cuda:0"
-    return "cpu"
-
-
-def _only_visible(device: str) -> str:
-    """Hide all GPUs but the chosen one, before torch is imported: the trainers take every one that they see."""
-    kind, _, number = device.partition(":")
-    if kind != "cuda":
-        return device
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if visible == [""] or len(visible) > 1:
-        index = int(number or 0)
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if visible == [""] else visible[min(index, len(visible) - 1)]
-    return "cuda:0"
 
 
 def require_executor(name: str) -> str:

@@ -338,13 +338,17 @@ def _settings(made: Made) -> Mapping[str, str]:
     }
 
 
+def _is_same(environment: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether commit, versions and device are ours; a stage that did not use its GPU does not say which one it was."""
+    device = environment["device"] in (ours["device"], ours["device"].partition(" ")[0])
+    return device and all(environment[key] == ours[key] for key in ("git_commit", "python", "packages"))
+
+
 def _environment(record: PolicyRecord) -> str:
     ours = record.itself.manifest["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in ours["packages"].items())
     elsewhere = [
-        f"`{asset}`"
-        for asset, made in record.lineage.items()
-        if any(made.manifest["environment"][key] != ours[key] for key in ("git_commit", "python", "device", "packages"))
+        f"`{asset}`" for asset, made in record.lineage.items() if not _is_same(made.manifest["environment"], ours)
     ]
     others = f" Made with another commit, device or library version: {', '.join(elsewhere)}." if elsewhere else ""
     return (

@@ -46,5 +46,8 @@ def test_the_tests_that_catch_a_defect_exist(number: str, tests: str) -> None:
     assert named, f"defect {number} names no test"
     for path, name in named:
         tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
-        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        assert set(name.split("::")) <= defined, f"defect {number}: {path} has no {name}"
+        inside = tree.body
+        for part in name.split("::"):
+            found = [node for node in inside if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part]
+            assert found, f"defect {number}: {path} has no {name}"
+            inside = found[0].body

@@ -28,6 +28,7 @@ def test_training_pays_by_the_recipes_own_judge(home: Path, align: Run) -> None:
     score = {row["policy"]: row["judge_score"] for row in results["policies"]}
     assert score["base_model"] < 0.05 < 0.4 < score["sft_model"] < min(score["ppo_policy"], score["dpo_policy"])
     assert [check["name"] for check in results["checks"] if not check["passed"]] == []
+    assert all(row["eos_rate"] > 0.9 for row in results["policies"])  # they have learned to stop
 
 
 def test_every_number_of_the_table_is_counted_again_from_its_rows(home: Path, align: Run) -> None:

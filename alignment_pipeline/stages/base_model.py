@@ -156,7 +156,7 @@ def _pretrain(model: OPTForCausalLM, blocks: torch.Tensor, spec: StageSpec[BaseM
         lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))),
     )
     start, losses = 0, []
-    if state := checkpoint.load_state(spec.work_dir, spec.device):
+    if state := checkpoint.load_state(spec.work_dir):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])

@@ -1,12 +1,13 @@
 """`decoding_sweep`: one policy's responses to the same test prompts under several decoding settings.
 
 One knob is varied at a time. Temperatures stand alone; top-k and top-p sample at temperature 1; beams, penalties of
-repetition and shortest lengths go with greedy decoding. Every setting has the same seed, so that sampled responses
-differ by the setting and not by the draw.
+repetition, shortest and longest lengths go with greedy decoding. Every setting has the same seed, so that sampled
+responses differ by the setting and not by the draw.
 
 Whoever takes the best setting over into an evaluation has chosen it by the test prompts.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from alignment_pipeline.stages.evaluation import asked_rows, scored
 from alignment_pipeline.statistics import mean, standard_error
 from alignment_pipeline.tokenization import TokenIds, encode_prompts
 
-_KNOBS = ("temperature", "top_k", "top_p", "num_beams", "repetition_penalty", "min_new_tokens")
+_KNOBS = ("temperature", "top_k", "top_p", "num_beams", "repetition_penalty", "min_new_tokens", "max_new_tokens")
 
 
 def sweep_decoding(spec: StageSpec[DecodingSweepConfig], log: ProgressLog) -> StageResult:
@@ -37,16 +38,17 @@ def sweep_decoding(spec: StageSpec[DecodingSweepConfig], log: ProgressLog) -> St
     settings, rows = settings_of(spec.config), asked_rows(spec)
     tokenizer = load_tokenizer(spec.inputs["trunk"])
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    answers = _answers(spec, log, tokenizer, prompts, settings)
+    answers = _answers(spec, log, tokenizer, prompts, settings.values())
     together = [response for responses in answers for response in responses]
     judged, learned = scored(spec, tokenizer, rows * len(settings), prompts * len(settings), together)
     table, examples = [], []
-    for number, (setting, responses) in enumerate(zip(settings, answers, strict=True)):
+    for number, (name, responses) in enumerate(zip(settings, answers, strict=True)):
         part = slice(number * len(rows), (number + 1) * len(rows))
-        table.append(_row(spec.config, setting, rows, responses, judged[part], learned[part]))
+        row = _row(spec.config, settings[name], rows, responses, judged[part], learned[part])
+        table.append({"setting": name, **row})
         examples.append(
             [
-                {"setting": in_words(setting), "prompt_id": row["prompt_id"], "prompt": row["prompt"],
+                {"setting": name, "prompt_id": row["prompt_id"], "prompt": row["prompt"],
                  "reference": row["reference"], "response": response.text, "judge_score": judge_score,
                  "learned_score": learned_score, "tokens": len(response.token_ids), "ended": response.ended}
                 for row, response, judge_score, learned_score
@@ -54,7 +56,7 @@ def sweep_decoding(spec: StageSpec[DecodingSweepConfig], log: ProgressLog) -> St
             ]
         )  # fmt: skip
         log.step(
-            "sweep", number + 1, len(settings), {f"sweep/{name}": table[-1][name] for name in ("bleu", "judge_score")}
+            "sweep", number + 1, len(settings), {f"sweep/{column}": row[column] for column in ("bleu", "judge_score")}
         )
     write_jsonl(spec.output_dir / "table.jsonl", table)
     write_jsonl(spec.output_dir / "examples.jsonl", [each for prompt in zip(*examples, strict=True) for each in prompt])
@@ -65,8 +67,8 @@ def sweep_decoding(spec: StageSpec[DecodingSweepConfig], log: ProgressLog) -> St
     return StageResult({"sweep/settings": float(len(settings)), "sweep/prompts": float(len(rows))})
 
 
-def settings_of(config: DecodingSweepConfig) -> list[DecodingFields]:
-    """The sweep's settings in the order of its table, each once."""
+def settings_of(config: DecodingSweepConfig) -> dict[str, DecodingFields]:
+    """The sweep's settings by what they are called, in the order of its table."""
     changes: list[dict[str, Any]] = [
         *({"temperature": value} for value in config.temperatures),
         *({"top_k": value} for value in config.top_ks),
@@ -74,10 +76,16 @@ def settings_of(config: DecodingSweepConfig) -> list[DecodingFields]:
         *({"temperature": 0.0, "num_beams": value} for value in config.num_beams),
         *({"temperature": 0.0, "repetition_penalty": value} for value in config.repetition_penalties),
         *({"temperature": 0.0, "min_new_tokens": value} for value in config.min_new_tokens),
+        *({"temperature": 0.0, "max_new_tokens": value} for value in config.max_lengths),
     ]
-    settings = [DecodingFields(max_new_tokens=config.max_new_tokens, **{"temperature": 1.0} | change)
-                for change in changes]  # fmt: skip
-    return list({in_words(setting): setting for setting in settings}.values())
+    usual = {"temperature": 1.0, "max_new_tokens": config.max_new_tokens}
+    settings = [DecodingFields(**usual | change) for change in changes]
+    return {_words(config, setting): setting for setting in settings}
+
+
+def _words(config: DecodingSweepConfig, setting: DecodingFields) -> str:
+    shorter = setting.max_new_tokens < config.max_new_tokens
+    return in_words(setting) + (f", at most {setting.max_new_tokens} tokens" if shorter else "")
 
 
 def _answers(
@@ -85,7 +93,7 @@ def _answers(
     log: ProgressLog,
     tokenizer: Any,
     prompts: list[TokenIds],
-    settings: list[DecodingFields],
+    settings: Collection[DecodingFields],
 ) -> list[list[Response]]:
     """The responses by setting, from the work folder where an earlier run has left them."""
     policy = load_policy(spec.inputs["policy"], spec.inputs["trunk"], spec.device)
@@ -122,7 +130,6 @@ def _row(
     words = [response.token_ids[:-1] if response.ended else response.token_ids for response in responses]
     scores = [score for score in learned if score is not None]
     return {
-        "setting": in_words(setting),
         **{name: getattr(setting, name) for name in _KNOBS},
         "judge": config.judge,
         "prompts": len(rows),

@@ -32,7 +32,7 @@ from alignment_pipeline.ppo.rollout import Prompt, ScoreFunction
 from alignment_pipeline.ppo.rollout_table import RolloutTable
 from alignment_pipeline.ppo.trainer import PpoTrainer
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.reward import RewardScorer
+from alignment_pipeline.reward import RewardEncoder, RewardScorer
 from alignment_pipeline.scorers import ClassifierReward, FunctionScorer, RewardModelScorer, SharedTrunkScorer
 from alignment_pipeline.stage import StageCheck, StageResult, StageSpec
 from alignment_pipeline.tokenization import encode_prompts
@@ -93,7 +93,7 @@ def train_ppo(spec: StageSpec[PpoConfig], log: ProgressLog) -> StageResult:
 
 def _policy_and_score(spec: StageSpec[PpoConfig], tokenizer: Any, device: str) -> tuple[PolicyWithValue, ScoreFunction]:
     """The trunk as policy, and what it is rewarded by. A reward adapter of the same trunk moves in with the policy."""
-    config, pad_id = spec.config, tokenizer.pad_token_id
+    config = spec.config
     trunk = load_causal_lm(spec.inputs["trunk"] / MODEL_FOLDER, device)
     artifact = spec.inputs.get("reward_model")
     if config.reward_function is not None:
@@ -103,7 +103,8 @@ def _policy_and_score(spec: StageSpec[PpoConfig], tokenizer: Any, device: str) -
         return PolicyWithValue(trunk, config), ClassifierReward(classifier, tokenizer, config.generation_batch_size)
     if config.method == "lora" and (artifact / ADAPTER_FOLDER).exists():
         policy = PolicyWithValue(trunk, config, reward_adapter=artifact)
-        return policy, SharedTrunkScorer(policy, pad_id, config.generation_batch_size)
+        encoder = RewardEncoder.load(artifact, spec.inputs["trunk"])
+        return policy, SharedTrunkScorer(policy, encoder, config.generation_batch_size)
     scorer = RewardScorer.load(artifact, spec.inputs["trunk"], device)
     policy = PolicyWithValue(trunk, config, reward_model=None if scorer.encoder.own else scorer.model)
     return policy, RewardModelScorer(scorer, tokenizer, config.generation_batch_size)

@@ -233,7 +233,7 @@ def _fit(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
     )
     start, losses = 0, []
-    if state := checkpoint.load_state(spec.work_dir, spec.device):
+    if state := checkpoint.load_state(spec.work_dir):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])

@@ -453,14 +453,19 @@ GROUP BY a.run_id, b.run_id, facts.asset, facts.kind, facts.name
 HAVING max(facts.value) FILTER (facts.run_id = a.run_id)
        IS DISTINCT FROM max(facts.value) FILTER (facts.run_id = b.run_id);
 
--- Prompts that an evaluation asked and that a model behind it (the policy, its judge or its parents) was trained on.
--- Holds no row unless something leaked.
+-- Prompts that an evaluation asked and that a model behind it (the policy, its judge or its parents) was trained on; and
+-- prompts of a reward model's held-out pairs that it was itself trained on. Holds no row unless something leaked.
 CREATE OR REPLACE VIEW leaked_prompts AS
 SELECT DISTINCT examples.artifact_id, examples.prompt_id, training.kind, training.artifact_id AS trained_artifact_id
 FROM evaluation_examples AS examples
 JOIN ancestors ON ancestors.artifact_id = examples.artifact_id
 JOIN training_rows AS training
-  ON training.artifact_id = ancestors.ancestor_id AND training.prompt_id = examples.prompt_id;
+  ON training.artifact_id = ancestors.ancestor_id AND training.prompt_id = examples.prompt_id
+UNION
+SELECT scores.artifact_id, scores.prompt_id, training.kind, training.artifact_id
+FROM pair_scores AS scores
+JOIN training_rows AS training
+  ON training.artifact_id = scores.artifact_id AND training.prompt_id = scores.prompt_id;
 
 -- Responses beside the policy that gave them.
 CREATE OR REPLACE VIEW judged_responses AS

@@ -271,6 +271,19 @@ def test_a_commit_hash_that_looks_like_a_number_stays_text() -> None:
     assert recipe.data.hub_revision == "12e4567"
 
 
+def test_a_hub_name_may_bring_its_revision_which_another_name_does_not_keep() -> None:
+    from_hub = ["data.world_rows=null", "evaluation.judge=reference_chrf", "data.hub_name=a/b@12e4567"]
+    assert smoke_with(*from_hub).data.model_dump(include={"hub_name", "hub_revision"}) == {
+        "hub_name": "a/b", "hub_revision": "12e4567",
+    }  # fmt: skip
+    assert smoke_with(*from_hub, "data.hub_name=c/d").data.hub_revision is None
+    with pytest.raises(RecipeError, match=r"hub_name: found a/b@12e4567 beside hub_revision, expected the revision in"):
+        smoke_with(*from_hub, "data.hub_revision=v1")
+    for name in ("a/b@", "@v1"):
+        with pytest.raises(RecipeError, match=f"hub_name: found {name}, expected owner/name or owner/name@revision"):
+            smoke_with(*from_hub, f"data.hub_name='{name}'")
+
+
 def test_null_takes_a_section_or_a_value_away() -> None:
     recipe = smoke_with("ppo=null", "sft.max_steps=null")
     assert recipe.ppo is None
@@ -342,6 +355,7 @@ def test_a_boolean_is_no_number_and_no_text(override: str) -> None:
         (["evaluation.repetition_penalty=0"], "found 0 (an integer), expected greater than 0"),
         (["decoding.num_beams=[1]"], "decoding.num_beams.0: found 1 (an integer), expected greater than or equal to 2"),
         (["decoding.min_new_tokens=[4, 17]"], "min_new_tokens: found 17, expected at most max_new_tokens (16)"),
+        (["decoding.max_lengths=[4, 17]"], "max_lengths: found 17, expected at most max_new_tokens (16)"),
         (
             ["decoding.temperatures=[]", "decoding.top_ps=[]", "decoding.num_beams=[]"],
             "decoding: found no value of any knob, expected at least one",

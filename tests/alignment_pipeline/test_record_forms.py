@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from alignment_pipeline.configs import DataConfig
-from alignment_pipeline.record_forms import Example, Refused, read_example, renamed
+from alignment_pipeline.record_forms import Example, Refused, read_example, read_pair, read_prompt, renamed
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": " Why?\n"}
@@ -218,3 +218,32 @@ def test_columns_are_renamed_exchanged_and_left_out_before_a_record_is_judged() 
 def test_settings_that_cannot_be_read_together_are_mistakes_of_the_recipe(config: Any, expected: str) -> None:
     with pytest.raises(ValidationError, match=expected):
         DataConfig(**config)
+
+
+TURNS = [
+    {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+]  # fmt: skip
+DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+TRANSCRIPT = "Human: a\n\nAssistant: b\n\nHuman: c"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Say a.", ("Say a.", None, [])),
+        (DIALOGUE, (TRANSCRIPT, TURNS, [])),
+        (TURNS, (TRANSCRIPT, TURNS, [])),
+        (TURNS[:1], ("a", None, [])),
+        (TURNS[:2], Refused("bad_roles", "user assistant; expected user and assistant in turn, a system message before "
+                                         "them at most")),
+        (None, Refused("wrong_type", "prompt: None")),
+    ],
+    ids=["text", "dialogue", "messages", "one message", "ends with the assistant", "nothing"],
+)  # fmt: skip
+def test_a_prompt_by_itself_is_read_as_that_of_preference_data(prompt: Any, expected: Any) -> None:
+    assert read_prompt(prompt) == expected
+
+
+def test_a_pair_to_score_may_be_the_same_twice_and_is_read_as_preference_data() -> None:
+    assert read_pair({"chosen": f"{DIALOGUE} d", "rejected": f"{DIALOGUE} d"}) == (TRANSCRIPT, TURNS, ["d", "d"])
+    assert read_pair({"chosen": "d"}) == Refused("missing_key", "no rejected among ['chosen']")

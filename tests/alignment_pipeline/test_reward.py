@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alignment_pipeline.models import new_scorer
-from alignment_pipeline.reward import score_responses
+from alignment_pipeline.reward import score_rows
 
 ROUNDING = 1e-5  # batched and one-by-one matrix products add in another order, float32
 # Not in the order of their lengths, by which batches are made.
@@ -26,6 +26,7 @@ def test_a_score_is_the_heads_output_at_the_last_token_whatever_the_batch(
         with torch.inference_mode():
             hidden = scorer.base_model(input_ids=torch.tensor([prompt + response])).last_hidden_state
             expected.append(scorer.score(hidden[0, -1]).item())
+    rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     for batch_size in (1, 3):
-        found = score_responses(scorer, PROMPTS, RESPONSES, pad_id, batch_size)
+        found = score_rows(scorer, rows, pad_id, batch_size)
         assert found == pytest.approx(expected, abs=ROUNDING)

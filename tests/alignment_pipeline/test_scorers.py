@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_a_reward_model_gives_the_same_scores_in_its_own_memory_and_on_the_polic
     tiny_models: Any, reward_artifact: RewardArtifact, architecture: str, batch_size: int
 ) -> None:
     trunk, reward = reward_artifact(architecture)
-    scorer, pad_id = RewardScorer.load(reward, trunk), tiny_models.tokenizer.pad_token_id
+    scorer = RewardScorer.load(reward, trunk)
     policy = PolicyWithValue(load_causal_lm(trunk / "model"), PpoConfig(lora_rank=2), reward)
     with torch.no_grad():  # a trained policy: its adapter has no part in the scores
         for parameter in policy.policy_parameters():
@@ -47,8 +48,12 @@ def test_a_reward_model_gives_the_same_scores_in_its_own_memory_and_on_the_polic
     expected = one_by_one(scorer.model)
     apart = RewardModelScorer(scorer, tiny_models.tokenizer, batch_size)(PROMPTS, RESPONSES)
     assert apart == pytest.approx(expected, abs=ROUNDING)
-    shared = SharedTrunkScorer(policy, pad_id, batch_size)(PROMPTS, RESPONSES)
+    shared = SharedTrunkScorer(policy, scorer.encoder, batch_size)(PROMPTS, RESPONSES)
     assert shared == pytest.approx(expected, abs=ROUNDING)
+    short = replace(scorer, encoder=replace(scorer.encoder, max_tokens=3))
+    apart = RewardModelScorer(short, tiny_models.tokenizer, batch_size)(PROMPTS, RESPONSES)
+    cut = SharedTrunkScorer(policy, short.encoder, batch_size)(PROMPTS, RESPONSES)
+    assert cut == pytest.approx(apart, abs=ROUNDING) and cut != pytest.approx(shared, abs=ROUNDING)
     assert min(abs(a - b) for a, b in ((shared[0], shared[1]), (shared[1], shared[2]))) > 10 * ROUNDING
 
 

@@ -31,12 +31,20 @@ from transformers import (
 
 from alignment_pipeline.identity import read_jsonl
 from alignment_pipeline.progress import metric_series
+from app.recipes import all_recipes
 from resources.artifact_store import ArtifactRef, ArtifactStore
 from resources.runs import RunRecords
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PINNED = {
+    section.hub_name: section.hub_revision
+    for recipe in all_recipes()
+    for section in (recipe.data, recipe.base_model, recipe.reward_classifier)
+    if section is not None and section.hub_revision
+}
+"""Repository → the revision that the recipes name."""
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -49,7 +57,7 @@ QUICK = {
     "sft.max_steps": 2, "sft.batch_size": 4, "reward_model.max_steps": 2, "reward_model.batch_size": 4,
     "dpo.max_steps": 2, "dpo.batch_size": 4, "ppo.updates": 2, "ppo.rollout_batch_size": 8, "ppo.minibatch_size": 4,
     "ppo.microbatch_size": "null", "evaluation.prompts": 6, "evaluation.max_new_tokens": 8, "decoding.prompts": 3,
-    "decoding.max_new_tokens": 8, "decoding.min_new_tokens": "[4]",
+    "decoding.max_new_tokens": 8, "decoding.min_new_tokens": "[4]", "decoding.max_lengths": "[4]",
 }  # fmt: skip
 
 
@@ -83,9 +91,10 @@ class Hub:
     def snapshot(self, kind: str, name: str) -> Path:
         """Folder of a repository's only revision."""
         repository = self.home / "hub" / f"{kind}s--{name.replace('/', '--')}"
+        commit = PINNED.get(name, COMMIT)
         (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        folder = repository / "snapshots" / COMMIT
+        (repository / "refs" / "main").write_text(commit)
+        folder = repository / "snapshots" / commit
         folder.mkdir(parents=True)
         return folder
 
@@ -235,7 +244,7 @@ def test_instruction_tuning_of_opt_350m_on_code_alpaca(runs: Runs) -> None:
     done = runs.run("codealpaca_opt350m", decoding__temperatures="[0, 1.0]", decoding__num_beams="[2]")
     recipe = "codealpaca_opt350m"
     source = source_of(runs.artifact(recipe, "instructions"))
-    assert (source["commit"], len(source["content_sha256"])) == (COMMIT, 64)
+    assert (source["commit"], len(source["content_sha256"])) == (PINNED["sahil2801/CodeAlpaca-20k"], 64)
     kept = runs.rows(recipe, "instructions", "rows.jsonl")
     assert len(kept) == 120 and {row["input"] for row in kept} == {""}
     assert ".bin" not in suffixes(runs.artifact(recipe, "base_model") / "model")
@@ -293,9 +302,13 @@ def test_ppo_of_gpt2_imdb_for_positive_reviews(runs: Runs) -> None:
 
 
 def test_dpo_of_gpt2_on_ultrafeedback(runs: Runs) -> None:
-    runs.run("dpo_gpt2")
+    done = runs.run("dpo_gpt2")
     assert runs.losses("dpo_gpt2", "dpo_policy")[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert policies(runs.rows("dpo_gpt2", "comparison", "table.jsonl")) == ["base_model", "dpo_policy"]
+    before, after = runs.rows("dpo_gpt2", "comparison", "table.jsonl")
+    assert policies([before, after]) == ["base_model", "dpo_policy"]
+    assert after["win_rate_low"] < after["win_rate"] < after["win_rate_high"] and after["prompts"] == 6
+    assert before["kl_nats"] == 0 < after["kl_nats"]
+    assert "dpo_policy tells" in done.stdout
     artifact = runs.artifact("dpo_gpt2", "dpo_policy")
     assert (artifact / "extras" / "curves.png").is_file()
 

@@ -117,17 +117,43 @@ def test_of_pairs_the_preferred_one_is_named_and_how_often_a_is(
     assert "A is preferred in 62.5% of 4 pairs" in align(home, "score", "judging", env=env, input=lines).stdout
 
 
+def test_a_prompt_may_be_a_dialogue_or_messages_as_in_preference_data(
+    made: tuple[Path, str], env: dict[str, str], align: Run
+) -> None:
+    turns = [("user", "Say 7."), ("assistant", "7 yes"), ("user", "Say 8.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    dialogue = "\n\nHuman: Say 7.\n\nAssistant: 7 yes\n\nHuman: Say 8.\n\nAssistant:"
+    records: list[dict[str, object]] = [
+        {"prompt": messages, "chosen": "8 yes", "rejected": "8 no!", "id": 7},
+        {"prompt": dialogue, "chosen": " 8 yes", "rejected": " 8 no!"},
+        {"chosen": f"{dialogue} 8 yes", "rejected": f"{dialogue} 8 no!"},
+        {"prompt": "Human: Say 7.\n\nAssistant: 7 yes\n\nHuman: Say 8.", "chosen": "8 yes", "rejected": "8 no!"},
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    done = align(made[0], "score", "judging", "--json", env=env, input=lines)
+    assert done.returncode == 0, done.stderr
+    *rows, total = map(json.loads, done.stdout.splitlines())
+    # The recipe's template has no turns, so that all four are the same transcript; of it the end is read.
+    for row in rows:
+        assert row["score_a"] == pytest.approx(rows[0]["score_a"], abs=1e-5) and row["preferred"] == "A"
+        assert row["score_b"] == pytest.approx(rows[0]["score_b"], abs=1e-5)
+    assert total["preference_of_a"]["pairs"] == 4
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
         ("", "standard input: found no line, expected"),
+        ('{"prompt": [{"role": "cook", "content": "a"}], "response": "b"}\n',
+         'standard input, line 1: found bad_roles: prompt, message 1: role'),
+        ('{"chosen": "a", "rejected": "b"}\n', "standard input, line 1: found missing_key: no prompt, and"),
         ("hello\n", "standard input, line 1: found no JSON"),
         ('{"prompt": "a"}\n', 'standard input, line 1: found {"prompt": "a"}, expected'),
         ('{"prompt": "a", "response": 3}\n', "standard input, line 1: found"),
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response_a": "b", "response_b": "c"}\n',
-         "standard input, line 2: found prompt, response_a, response_b after prompt, response, expected"),
+         "standard input, line 2: found response_a and response_b after response, expected"),
     ],
-    ids=["nothing", "no JSON", "a key is missing", "a number", "both forms"],
+    ids=["nothing", "another role", "no prompt", "no JSON", "a key is missing", "a number", "both forms"],
 )  # fmt: skip
 def test_lines_that_cannot_be_scored_are_one_sentence(
     made: tuple[Path, str], env: dict[str, str], align: Run, lines: str, expected: str

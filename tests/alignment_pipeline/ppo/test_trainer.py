@@ -14,7 +14,7 @@ from alignment_pipeline.ppo.losses import masked_mean, policy_losses, value_loss
 from alignment_pipeline.ppo.processes import Processes
 from alignment_pipeline.ppo.rewards import adapted_kl_coef
 from alignment_pipeline.ppo.trainer import PpoTrainer, learning_rate_share
-from alignment_pipeline.reward import RewardScorer
+from alignment_pipeline.reward import RewardEncoder, RewardScorer
 from alignment_pipeline.scorers import RewardModelScorer, SharedTrunkScorer
 
 # One step's gradients, summed over tokens in another order: float32, relative to the largest of a tensor.
@@ -308,7 +308,8 @@ class TestValuesThatStartAsTheRewardModel:
                 case.score, case.frozen = RewardModelScorer(scorer, case.tokenizer, 4), scorer.model
                 return case
             case = ppo_case(reward_adapter=reward, value_trunk="reward_model", **config)
-            case.score, case.frozen = SharedTrunkScorer(case.policy, case.tokenizer.pad_token_id, 4), None
+            encoder = RewardEncoder(case.tokenizer, own=False, max_tokens=None)
+            case.score, case.frozen = SharedTrunkScorer(case.policy, encoder, 4), None
             return case
 
         return made

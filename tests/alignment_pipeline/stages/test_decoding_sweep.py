@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from alignment_pipeline.decoding import in_words, respond
+from alignment_pipeline.decoding import respond
 from alignment_pipeline.decoding_configs import DecodingSweepConfig
 from alignment_pipeline.diversity import distinct
 from alignment_pipeline.identity import read_jsonl
@@ -22,14 +22,15 @@ EXACT = 1e-12  # means of a few numbers in double precision
 def test_one_knob_is_varied_at_a_time_and_each_setting_stands_once() -> None:
     config = DecodingSweepConfig(
         judge="gold_rule", temperatures=[0, 0.5, 1, 0.5], top_ks=[20], top_ps=[0.9, 1.0], num_beams=[5],
-        repetition_penalties=[1.0, 1.2], min_new_tokens=[16], max_new_tokens=32,
+        repetition_penalties=[1.0, 1.2], min_new_tokens=[16], max_new_tokens=32, max_lengths=[8, 32],
     )  # fmt: skip
     settings = settings_of(config)
-    assert [in_words(setting) for setting in settings] == [
+    assert list(settings) == [
         "greedy", "temperature 0.5", "temperature 1", "temperature 1, top-k 20", "temperature 1, top-p 0.9",
         "temperature 1, top-p 1", "beams 5", "greedy, repetition penalty 1.2", "greedy, at least 16 tokens",
+        "greedy, at most 8 tokens",
     ]  # fmt: skip
-    assert {setting.max_new_tokens for setting in settings} == {32}
+    assert [setting.max_new_tokens for setting in settings.values()] == [32] * 9 + [8]
 
 
 def test_a_sweep_has_a_row_for_each_setting_and_an_example_for_each_prompt_and_setting(smoke: Any) -> None:
@@ -62,7 +63,7 @@ def test_responses_are_those_of_the_named_policy_and_its_scores_those_of_an_eval
     sweep_decoding(spec, ProgressLog(tmp_path / "progress.jsonl"))
     examples = read_jsonl(spec.output_dir / "examples.jsonl")
     policy, tokenizer = load_policy(spec.inputs["policy"], spec.inputs["trunk"]), load_tokenizer(spec.inputs["trunk"])
-    for number, setting in enumerate(settings_of(spec.config)):
+    for number, setting in enumerate(settings_of(spec.config).values()):
         rows = examples[number::4]
         prompts = encode(tokenizer, [row["prompt"] for row in rows])
         expected = respond(policy, tokenizer, prompts, setting, batch_size=128, seed=0)

@@ -400,6 +400,27 @@ def test_every_row_of_real_preferences_is_kept_or_quarantined(
 TEXTS = [f"Film number {number} is\n\u2028 long. " for number in range(200)]
 
 
+def test_conversations_are_split_by_their_prompt_and_the_bad_ones_are_in_quarantine(tmp_path: Path) -> None:
+    def told(*turns: str) -> dict[str, Any]:
+        roles = ("user", "assistant") * 2
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]}
+
+    records = [told(f"Ask {n}.", f"Answer {n}.", f"And {n}?", f"So {n}.") for n in range(200)]
+    records += [told("Ask 3.", "Answer 3.", "And 3?", "Else."), records[3], told("Ask."), {"messages": "Ask."}]
+    path = write_lines(tmp_path / "chats.jsonl", [encoded(record) for record in records])
+    result, output = ingest(tmp_path, path=path, form="conversations")
+    rows = read_jsonl(output / "rows.jsonl")
+    assert [row["source_line"] for row in rows] == list(range(1, 202))
+    assert [(row["messages"], row["output"]) for row in rows[:200]] == [
+        (record["messages"][:-1], record["messages"][-1]["content"]) for record in records[:200]
+    ]
+    assert rows[3]["id"] != rows[200]["id"] and rows[3]["split"] == rows[200]["split"]
+    assert {row["split"] for row in rows} == set(instructions.SPLITS)
+    quarantined = [(row["reason"], row["source_line"]) for row in read_jsonl(output / "quarantine.jsonl")]
+    assert quarantined == [("duplicate", 202), ("no_response", 203), ("wrong_type", 204)]
+    assert all(check.passed for check in result.checks)
+
+
 def ingest_texts(folder: Path, records: list[Any], **config: Any) -> tuple[StageResult, Path]:
     path = write_lines(folder / "texts.jsonl", [r if isinstance(r, bytes) else encoded(r) for r in records])
     return ingest(folder, path=path, text_field="review", **config)

@@ -197,6 +197,22 @@ def test_the_view_of_leaks_finds_one(home: Path, tmp_path: Path) -> None:
         assert set(found.fetchall()) == {("preference_pair", "reward_model"), ("preference_pair", "dpo_policy")}
 
 
+def test_the_view_of_leaks_finds_a_held_out_pair_that_the_reward_model_was_trained_on(
+    home: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "leaky.duckdb"
+    Lineage(home).sync()
+    shutil.copyfile(home / "lineage.duckdb", copy)
+    with duckdb.connect(str(copy)) as connection:
+        connection.execute(
+            "UPDATE pair_scores SET prompt_id = (SELECT min(prompt_id) FROM training_rows WHERE kind = "
+            "'preference_pair') WHERE pair_id = (SELECT min(pair_id) FROM pair_scores)"
+        )
+        found = connection.execute("SELECT split_part(artifact_id, '/', 1), trained_artifact_id FROM leaked_prompts")
+        ((stage, trained_on),) = found.fetchall()
+        assert stage == "reward_model" and trained_on.startswith("reward_model/")
+
+
 def test_a_training_row_reaches_every_model_and_a_test_row_none(home: Path, lineage: Lineage) -> None:
     trained = read_jsonl(folder(home, "formatted_dataset") / "train.jsonl")
     paired = {pair["prompt_id"] for pair in read_jsonl(folder(home, "preference_pairs") / "train.jsonl")}
