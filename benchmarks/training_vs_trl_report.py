@@ -27,8 +27,8 @@ def report(result: Json) -> str:
         "Real tokens a second (no padding counted) from the second step on: median of the processes, and in brackets "
         "each. CPU-second: of all threads, which other work on the machine disturbs less. Share of the rate: "
         "6 × the parameters that a token is multiplied by (no embeddings; the head in sft and dpo) × tokens, over the "
-        f"{result['peak_gigaflops']:.0f} GFLOP/s of a large matrix product here; ours leaves the head out at prompts, and "
-        "attention is counted nowhere. "
+        f"{result['peak_gigaflops']:.0f} GFLOP/s of a large matrix product here; ours leaves the head out at prompts, "
+        "and attention is counted nowhere. "
         "Loss: the greatest difference from the plain script at any step; equal up to rounding is less than "
         f"{SAME_LOSS:g}.",
         "",
