@@ -42,7 +42,7 @@ def in_words(settings: DecodingFields) -> str:
     if settings.top_p is not None:
         words.append(f"top-p {settings.top_p:g}")
     if settings.repetition_penalty != 1:
-        words.append(f"repetition penalty {settings.repetition_penalty:g}")
+        words.append(f"rep. penalty {settings.repetition_penalty:g}")
     if settings.min_new_tokens:
-        words.append(f"at least {settings.min_new_tokens} tokens")
+        words.append(f"min {settings.min_new_tokens} tokens")
     return ", ".join(words)

@@ -6,7 +6,7 @@ vocabulary. `*_mask` is True where the token counts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -140,17 +140,36 @@ def per_row(values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
     return torch.zeros(batch.input_ids.shape[0], device=values.device, dtype=values.dtype).index_add_(0, rows, values)
 
 
-@torch.inference_mode()
+class Likelihood(NamedTuple):
+    """log p(response | prompt) in nats, and how many of the response's tokens are the likeliest at their place."""
+
+    logprob: float
+    likeliest: int
+
+
 def sum_logprobs(
     model: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int, batch_size: int
 ) -> list[float]:
     """log p(response | prompt) in nats for each pair, in order."""
-    sums: dict[int, float] = {}
+    return [found.logprob for found in likelihoods(model, prompts, responses, pad_id, batch_size)]
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], pad_id: int, batch_size: int
+) -> list[Likelihood]:
+    """How likely each response is to its prompt, in order."""
+    found: dict[int, Likelihood] = {}
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in by_length(lengths, batch_size):
         batch = pack([prompts[row] for row in rows], [responses[row] for row in rows], pad_id, model.device)
         hidden, tokens = response_hidden(model, batch), response_tokens(batch)
-        parts = zip(torch.split(hidden, HEAD_ROWS), torch.split(tokens, HEAD_ROWS), strict=True)
-        logprobs = torch.cat([chosen_logprobs(apply_head(model, few), chosen) for few, chosen in parts])
-        sums.update(zip(rows, per_row(logprobs, batch).tolist(), strict=True))
-    return [sums[row] for row in range(len(lengths))]
+        logprobs, likeliest = [], []
+        for few, chosen in zip(torch.split(hidden, HEAD_ROWS), torch.split(tokens, HEAD_ROWS), strict=True):
+            logits = apply_head(model, few)
+            likeliest.append(logits.argmax(-1) == chosen)
+            logprobs.append(chosen_logprobs(logits, chosen))
+        sums = per_row(torch.cat(logprobs), batch).tolist()
+        hits = per_row(torch.cat(likeliest).float(), batch).tolist()
+        found.update((row, Likelihood(*each)) for row, *each in zip(rows, sums, map(int, hits), strict=True))
+    return [found[row] for row in range(len(lengths))]

@@ -43,7 +43,6 @@ def trainer_arguments(spec: StageSpec[Any], config: TrainerFields) -> dict[str, 
     return {
         "output_dir": str(spec.work_dir),
         "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "num_train_epochs": 1.0 if config.batching == "by_length" else config.epochs,  # see training_dataset
         "max_steps": config.max_steps or -1,

@@ -97,7 +97,7 @@ def _print_policies(console: Console, results: dict[str, Any]) -> None:
     prompts = results["policies"][0]["prompts"]
     table = _table(f"{results['recipe']}: {prompts} test prompts, judge: {judge}")
     table.add_column("policy", no_wrap=True)
-    for column in ("BLEU", judge, "learned", "KL, nats", "tokens", "win rate [95%]"):
+    for column in ("BLEU", "judge", "learned", "KL, nats", "tokens", "win rate [95%]"):
         table.add_column(column, justify="right")
     for row in results["policies"]:
         learned = row["learned_score"]

@@ -85,7 +85,7 @@ def settings_of(config: DecodingSweepConfig) -> dict[str, DecodingFields]:
 
 def _words(config: DecodingSweepConfig, setting: DecodingFields) -> str:
     shorter = setting.max_new_tokens < config.max_new_tokens
-    return in_words(setting) + (f", at most {setting.max_new_tokens} tokens" if shorter else "")
+    return in_words(setting) + (f", max {setting.max_new_tokens} tokens" if shorter else "")
 
 
 def _answers(

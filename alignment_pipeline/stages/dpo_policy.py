@@ -4,6 +4,7 @@ Departures from TRL's defaults: rows are tokenized here and carry the reference 
 `reference_logprobs` computed, so that no reference model is in memory.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,21 @@ from trl import DPOConfig as TrlDpoConfig
 from alignment_pipeline.configs import DpoConfig
 from alignment_pipeline.errors import StoreError
 from alignment_pipeline.identity import read_jsonl
-from alignment_pipeline.models import MODEL_FOLDER, load_causal_lm, load_tokenizer, save_trained, with_adapter
+from alignment_pipeline.models import (
+    MODEL_FOLDER,
+    autocast,
+    load_causal_lm,
+    load_tokenizer,
+    save_trained,
+    with_adapter,
+)
 from alignment_pipeline.padding import without_padding
 from alignment_pipeline.progress import ProgressLog
-from alignment_pipeline.sequences import causal_lm_of
+from alignment_pipeline.sequences import causal_lm_of, sum_logprobs
 from alignment_pipeline.stage import StageResult, StageSpec
+from alignment_pipeline.statistics import mean, win_rate
 from alignment_pipeline.tokenization import encode_prompts, encode_side
-from alignment_pipeline.training import dataset_of, seed_everything, train, trainer_arguments, training_dataset
+from alignment_pipeline.training import seed_everything, train, trainer_arguments, training_dataset
 from alignment_pipeline.trl_adapter import TokenizedDPOTrainer, make_head_fast
 
 
@@ -39,22 +48,38 @@ def train_dpo(spec: StageSpec[DpoConfig], log: ProgressLog) -> StageResult:
             precompute_ref_log_probs=True,
         ),
         train_dataset=training_dataset(rows, lengths, spec, "preference pairs"),
-        eval_dataset=dataset_of(pair_rows(spec, tokenizer, "validation"), "held-out preference pairs"),
         processing_class=tokenizer,
     )
     with without_padding(causal_lm_of(model).base_model):
         train(trainer, spec, log)
-        log.note("Measuring held-out pairs.")
-        evaluation = trainer.evaluate()
+    log.note("Measuring held-out pairs.")
+    margins = _held_out_margins(spec, trainer.model.eval(), tokenizer)
     save_trained(trainer.model, tokenizer, spec.output_dir)
     return StageResult(
         {
-            "eval/loss": evaluation["eval_loss"],
-            "dpo/held_out_accuracy": evaluation["eval_rewards/accuracies"],
-            "dpo/held_out_margin": evaluation["eval_rewards/margins"],
+            "eval/loss": mean([max(0.0, -margin) + math.log1p(math.exp(-abs(margin))) for margin in margins]),
+            "dpo/held_out_accuracy": win_rate(margins, [0.0] * len(margins)),
+            "dpo/held_out_margin": mean(margins),
             "train/steps": float(trainer.state.global_step),
         }
     )
+
+
+def _held_out_margins(spec: StageSpec[DpoConfig], model: Any, tokenizer: Any) -> list[float]:
+    """β (log π/π_ref of the chosen response - the same of the rejected one) of each held-out pair, in nats."""
+    rows = pair_rows(spec, tokenizer, "validation")
+    prompts = [row["prompt_ids"] for row in rows]
+    with autocast(spec.config.precision, spec.device):
+        chosen, rejected = (
+            sum_logprobs(
+                model, prompts, [row[f"{side}_ids"] for row in rows], tokenizer.pad_token_id, 2 * spec.config.batch_size
+            )
+            for side in ("chosen", "rejected")
+        )
+    return [
+        spec.config.beta * (better - row["ref_chosen_logps"] - worse + row["ref_rejected_logps"])
+        for better, worse, row in zip(chosen, rejected, rows, strict=True)
+    ]
 
 
 def pair_rows(spec: StageSpec[DpoConfig], tokenizer: Any, split: str) -> list[dict[str, Any]]:

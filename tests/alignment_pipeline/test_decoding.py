@@ -203,8 +203,8 @@ def test_beams_that_the_model_has_no_positions_for_are_refused(tiny_models: Any)
     [
         ({"temperature": 0}, "greedy"),
         ({"temperature": 0.7, "top_p": 0.9}, "temperature 0.7, top-p 0.9"),
-        ({"top_k": 20, "repetition_penalty": 1.2}, "temperature 1, top-k 20, repetition penalty 1.2"),
-        ({"temperature": 0, "num_beams": 5, "min_new_tokens": 16}, "beams 5, at least 16 tokens"),
+        ({"top_k": 20, "repetition_penalty": 1.2}, "temperature 1, top-k 20, rep. penalty 1.2"),
+        ({"temperature": 0, "num_beams": 5, "min_new_tokens": 16}, "beams 5, min 16 tokens"),
     ],
 )
 def test_settings_in_words(settings: dict[str, Any], words: str) -> None:

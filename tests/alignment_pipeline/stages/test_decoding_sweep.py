@@ -27,8 +27,8 @@ def test_one_knob_is_varied_at_a_time_and_each_setting_stands_once() -> None:
     settings = settings_of(config)
     assert list(settings) == [
         "greedy", "temperature 0.5", "temperature 1", "temperature 1, top-k 20", "temperature 1, top-p 0.9",
-        "temperature 1, top-p 1", "beams 5", "greedy, repetition penalty 1.2", "greedy, at least 16 tokens",
-        "greedy, at most 8 tokens",
+        "temperature 1, top-p 1", "beams 5", "greedy, rep. penalty 1.2", "greedy, min 16 tokens",
+        "greedy, max 8 tokens",
     ]  # fmt: skip
     assert [setting.max_new_tokens for setting in settings.values()] == [32] * 9 + [8]
 

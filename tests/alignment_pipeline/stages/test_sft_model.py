@@ -2,12 +2,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignment_pipeline.errors import DataError, ModelError
 from alignment_pipeline.identity import read_jsonl, write_jsonl
-from alignment_pipeline.models import load_tokenizer
+from alignment_pipeline.models import load_causal_lm, load_tokenizer
 from alignment_pipeline.progress import ProgressLog, metric_series
 from alignment_pipeline.stages.sft_model import labelled_rows
+from alignment_pipeline.tokenization import encode
 
 
 def test_prompts_have_no_label_and_the_end_token_has_one(smoke: Any, tmp_path: Path) -> None:
@@ -46,3 +48,18 @@ def test_a_split_without_rows_is_named(smoke: Any, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "dataset" / f"{split}.jsonl", [])
     with pytest.raises(DataError, match="Found no instruction rows to train on, expected at least one"):
         smoke.run("sft_model", tmp_path / "run", inputs={"dataset": tmp_path / "dataset"})
+
+
+def test_every_held_out_token_counts_alike(smoke: Any) -> None:
+    folder, metrics = smoke.artifact("sft_model"), smoke.results["sft_model"].metrics
+    model, tokenizer = load_causal_lm(folder / "model"), load_tokenizer(folder)
+    losses, likeliest = [], []
+    for row in read_jsonl(smoke.artifact("formatted_dataset") / "validation.jsonl"):
+        prompt, completion = encode(tokenizer, [row["prompt"], row["completion"]])
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        wanted = torch.tensor(completion)
+        losses += torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
+        likeliest += (logits.argmax(-1) == wanted).tolist()
+    assert metrics["eval/loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)  # merged weights round otherwise
+    assert metrics["eval/token_accuracy"] == pytest.approx(sum(likeliest) / len(likeliest), abs=2 / len(likeliest))
