@@ -163,7 +163,7 @@ class LiveRun:
 
 def _live(console: Console) -> Live:
     # Standard output and error are files while a run goes on; Rich must not fetch them back to the terminal.
-    return Live(console=console, refresh_per_second=8, redirect_stdout=False, redirect_stderr=False)
+    return Live(console=console, refresh_per_second=1 / _REFRESH_S, redirect_stdout=False, redirect_stderr=False)
 
 
 _MARKS = {
