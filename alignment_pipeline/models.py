@@ -79,7 +79,7 @@ def load_policy(policy: Path, trunk: Path, device: str = "cpu") -> PreTrainedMod
     if (policy / MODEL_FOLDER).exists():
         return load_causal_lm(policy / MODEL_FOLDER, device)
     model = load_causal_lm(trunk / MODEL_FOLDER, device)
-    adapted = PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER), torch_device=device)
+    adapted = PeftModel.from_pretrained(model, str(policy / ADAPTER_FOLDER), torch_device="cpu")
     return adapted.merge_and_unload().eval()
 
 
@@ -94,7 +94,7 @@ def load_scorer(artifact: Path, trunk: Path | None, device: str = "cpu") -> PreT
     if trunk is None:
         raise ModelError(f"{artifact}: found no {MODEL_FOLDER}/, expected one, or the trunk that the adapter is for.")
     scorer = new_scorer(trunk / MODEL_FOLDER).to(device)
-    adapted = PeftModel.from_pretrained(scorer, str(artifact / ADAPTER_FOLDER), torch_device=device)
+    adapted = PeftModel.from_pretrained(scorer, str(artifact / ADAPTER_FOLDER), torch_device="cpu")
     return adapted.merge_and_unload().eval()
 
 

@@ -161,8 +161,8 @@ def test_a_summary_of_hand_made_rows() -> None:
     ("changes", "words"),
     [
         ({}, "temperature 1, up to 8 tokens"),
-        ({"top_k": 3, "repetition_penalty": 1.5}, "temperature 1, top-k 3, repetition penalty 1.5, up to 8 tokens"),
-        ({"temperature": 0.0, "num_beams": 3, "min_new_tokens": 5}, "beams 3, at least 5 tokens, up to 8 tokens"),
+        ({"top_k": 3, "repetition_penalty": 1.5}, "temperature 1, top-k 3, rep. penalty 1.5, up to 8 tokens"),
+        ({"temperature": 0.0, "num_beams": 3, "min_new_tokens": 5}, "beams 3, min 5 tokens, up to 8 tokens"),
     ],
     ids=["sampled", "top-k", "beams"],
 )
