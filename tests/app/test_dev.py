@@ -63,11 +63,14 @@ def test_the_web_ui_shows_the_recipes_and_the_runs_of_the_command_line(
     shutil.copytree(smoke_home, home, symlinks=True)
     (run_file,) = (home / "runs").glob("*.json")
     program = align(home, "--help").args[0]
+    # Where the tests themselves run in the background Ctrl-C is ignored, which a child would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (tmp_path / "dev.log").open("w") as log:
         process = subprocess.Popen(
             [program, "dev", "--port", str(port)], env=environment(ALIGNMENT_HOME=str(home)), stdout=log, stderr=log,
             stdin=subprocess.DEVNULL, start_new_session=True, cwd=tmp_path,
         )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     try:
         deadline, data = time.monotonic() + STARTS_WITHIN_S, {}
         while not (data and is_loaded(data)):
