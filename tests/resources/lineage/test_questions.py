@@ -184,33 +184,37 @@ def test_no_training_row_of_any_ancestor_shares_a_prompt_with_an_evaluation_row(
     assert lineage.query("SELECT * FROM leaked_prompts") == []
 
 
-def test_the_view_of_leaks_finds_one(home: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "leaky.duckdb"
+def leaks_after(home: Path, copy: Path, change: str) -> set[tuple[str, ...]]:
+    """What the view of leaks holds in a copy of the index that was changed: leaking stage, kind, stage trained."""
     Lineage(home).sync()
     shutil.copyfile(home / "lineage.duckdb", copy)
     with duckdb.connect(str(copy)) as connection:
-        connection.execute(
-            "UPDATE preference_pairs SET prompt_id = (SELECT min(prompt_id) FROM evaluation_examples) WHERE pair_id = "
-            "(SELECT min(pair_id) FROM preference_pairs WHERE split = 'train') AND split = 'train'"
+        connection.execute(change)
+        found = connection.execute(
+            "SELECT DISTINCT split_part(artifact_id, '/', 1), kind, split_part(trained_artifact_id, '/', 1) "
+            "FROM leaked_prompts"
         )
-        found = connection.execute("SELECT DISTINCT kind, split_part(trained_artifact_id, '/', 1) FROM leaked_prompts")
-        assert set(found.fetchall()) == {("preference_pair", "reward_model"), ("preference_pair", "dpo_policy")}
+        return set(found.fetchall())
+
+
+def test_the_view_of_leaks_finds_one(home: Path, tmp_path: Path) -> None:
+    change = (
+        "UPDATE preference_pairs SET prompt_id = (SELECT min(prompt_id) FROM evaluation_examples) WHERE pair_id = "
+        "(SELECT min(pair_id) FROM preference_pairs WHERE split = 'train') AND split = 'train'"
+    )
+    trained = {leak[1:] for leak in leaks_after(home, tmp_path / "leaky.duckdb", change)}
+    assert trained == {("preference_pair", "reward_model"), ("preference_pair", "dpo_policy")}
 
 
 def test_the_view_of_leaks_finds_a_held_out_pair_that_the_reward_model_was_trained_on(
     home: Path, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "leaky.duckdb"
-    Lineage(home).sync()
-    shutil.copyfile(home / "lineage.duckdb", copy)
-    with duckdb.connect(str(copy)) as connection:
-        connection.execute(
-            "UPDATE pair_scores SET prompt_id = (SELECT min(prompt_id) FROM training_rows WHERE kind = "
-            "'preference_pair') WHERE pair_id = (SELECT min(pair_id) FROM pair_scores)"
-        )
-        found = connection.execute("SELECT split_part(artifact_id, '/', 1), trained_artifact_id FROM leaked_prompts")
-        ((stage, trained_on),) = found.fetchall()
-        assert stage == "reward_model" and trained_on.startswith("reward_model/")
+    change = (
+        "UPDATE pair_scores SET prompt_id = (SELECT min(prompt_id) FROM training_rows WHERE kind = "
+        "'preference_pair') WHERE pair_id = (SELECT min(pair_id) FROM pair_scores)"
+    )
+    found = leaks_after(home, tmp_path / "leaky.duckdb", change)
+    assert found == {("reward_model", "preference_pair", "reward_model")}
 
 
 def test_a_training_row_reaches_every_model_and_a_test_row_none(home: Path, lineage: Lineage) -> None:
